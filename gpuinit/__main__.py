@@ -1,0 +1,145 @@
+"""Fill one array and show what was made:
+
+python -m gpuinit
+python -m gpuinit --shape 1024 1024 --dtype bfloat16 --device cpu --seed 7 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+import gpuinit
+from gpuinit import devices
+from gpuinit.fans import fans, parent_std
+from gpuinit.initializers import DTYPES, parse_limit
+
+# Fourth standardised moment of the normal truncated at +-2 (tests/test_distribution.py derives it).
+EXPECTED_KURTOSIS = 2.3655367172
+
+ELEMENTS_AT_ONCE = 2**20  # of the array, when it is read for its statistics
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpuinit",
+        description="Fill one array with He-normal weights and compare it with theory.",
+    )
+    parser.add_argument("--shape", type=int, nargs="+", default=[4096, 4096], metavar="N")
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the best there is")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_args(arguments)
+    try:
+        report = sample(tuple(options.shape), options.dtype, options.device, options.seed)
+    except (TypeError, ValueError, MemoryError) as error:
+        parser.error(str(error))
+    print(json.dumps(report) if options.json else table(report))
+
+
+def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) -> dict[str, Any]:
+    """Make the weights, timed, and report on them."""
+    keywords: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
+    if math.prod(shape) == 0:
+        raise ValueError(f"shape must have at least one element, got {shape}")
+    gpuinit.he_normal((4, 4), **keywords)  # whatever a process pays once, such as compiling
+    start = time.perf_counter()
+    weights = gpuinit.he_normal(shape, **keywords)
+    number = synchronize(weights)
+    seconds = time.perf_counter() - start
+
+    fan_in, _ = fans(shape, -2, -1, ())
+    limit = parse_limit("truncated_normal", "scale 2", parent_std(2, fan_in), DTYPES[dtype])
+    return {
+        "device": devices.describe_device(number),
+        "engine": "numpy" if number is devices.CPU else "cuda",
+        "shape": list(shape),
+        "dtype": dtype,
+        "seed": seed,
+        "seconds": seconds,
+        **statistics(weights),
+        "expected_std": math.sqrt(2 / max(1, fan_in)),
+        "bound": float(np.asarray(limit).astype(DTYPES[dtype])),
+    }
+
+
+def synchronize(weights: Any) -> int | None:
+    """Wait until the weights are made; returns their device."""
+    if isinstance(weights, np.ndarray):
+        return devices.CPU
+    weights.device.synchronize()
+    return int(weights.device.id)
+
+
+def statistics(weights: Any) -> dict[str, Any]:
+    """Moments, extremes and digest, read piece by piece."""
+    total = np.zeros(4)
+    low, high = math.inf, -math.inf
+    digest = hashlib.sha256()
+    for piece in pieces(weights):
+        digest.update(piece.tobytes())
+        values = piece.astype(np.float64)
+        total += [np.sum(values**power) for power in (1, 2, 3, 4)]
+        low, high = min(low, values.min()), max(high, values.max())
+    m1, m2, m3, m4 = (float(moment) for moment in total / weights.size)
+    variance = m2 - m1**2
+    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+    return {
+        "mean": m1,
+        "std": math.sqrt(max(variance, 0)),
+        "kurtosis": fourth / variance**2 if variance > 0 else None,
+        "min": float(low),
+        "max": float(high),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def pieces(weights: Any) -> Iterator[np.ndarray]:
+    """The weights in order, on the host."""
+    flat = weights.reshape(-1)
+    for start in range(0, flat.size, ELEMENTS_AT_ONCE):
+        piece = flat[start : start + ELEMENTS_AT_ONCE]
+        yield piece if isinstance(piece, np.ndarray) else piece.get()
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person, in 80 columns."""
+    count = math.prod(report["shape"])
+    rate = count / report["seconds"]
+    bandwidth = rate * DTYPES[report["dtype"]].itemsize
+    kurtosis = "-" if report["kurtosis"] is None else f"{report['kurtosis']:.6f}"
+    bound = report["bound"]
+    rows = [
+        ("device", f"{report['device']} ({report['engine']})"),
+        ("array", f"he_normal {tuple(report['shape'])} {report['dtype']}, seed {report['seed']}"),
+        ("time", f"{report['seconds'] * 1e3:.3f} ms"),
+        ("rate", f"{rate / 1e9:.3f} billion samples/s, {bandwidth / 1e9:.2f} GB/s"),
+        (),
+        ("", "measured", "theory"),
+        ("mean", f"{report['mean']:+.3e}", "0"),
+        ("std", f"{report['std']:.8f}", f"{report['expected_std']:.8f}"),
+        ("kurtosis", kurtosis, f"{EXPECTED_KURTOSIS:.6f}"),
+        ("min", f"{report['min']:+.8f}", f">= {-bound:+.8f}"),
+        ("max", f"{report['max']:+.8f}", f"<= {bound:+.8f}"),
+        (),
+        ("sha256", report["sha256"]),
+    ]
+    lines = []
+    for row in rows:
+        if len(row) == 3:
+            lines.append(f"  {row[0]:<10}{row[1]:>14}{row[2]:>18}")
+        else:
+            lines.append(f"  {row[0]:<10}{row[1]}" if row else "")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

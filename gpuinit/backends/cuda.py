@@ -1,0 +1,81 @@
+"""CuPy arrays, filled by kernels/fill.cu on the current CuPy stream of their device.
+
+CuPy checks neither the number nor the type of a RawKernel's arguments: each scalar is given as the NumPy
+type of its C parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuinit.stream import Run
+
+# --fmad=false: no product and sum become one operation, or the bits differ from NumPy's. The kernel spells
+# every operation as an intrinsic that is never fused; this guards what someone may add.
+OPTIONS = ("--fmad=false", "-std=c++17")
+
+THREADS_PER_BLOCK = 256  # BLOCK_SIZE in the kernel
+BLOCKS_PER_MULTIPROCESSOR = 8  # 2048 threads, as many as any device holds at once
+MAX_GRID_Y = 65535
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype, device: int) -> Any:
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, dtype)
+
+
+def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
+    lanes = 16 // out.dtype.itemsize
+    limit_type = np.float64 if out.dtype == np.float64 else np.float32
+    shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
+    position = 0
+    with out.device:
+        launch = kernel(out.dtype.name)
+        most = multiprocessors(out.device.id) * BLOCKS_PER_MULTIPROCESSOR
+        for run in runs:
+            part = out[position : position + run.rows * run.length]
+            position += part.size
+            grid, block = launch_shape(run, lanes, most)
+            launch(grid, block, (part, *map(np.uint64, run), *shared))
+
+
+def launch_shape(run: Run, lanes: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block: x over the packets of a row, y over the rows, at most `most` blocks or so."""
+    packets = -(-(run.length + lanes - 1) // lanes)
+    x = min(THREADS_PER_BLOCK, 1 << (packets - 1).bit_length())
+    y = THREADS_PER_BLOCK // x
+    grid_x = min(-(-packets // x), most)
+    grid_y = min(-(-run.rows // y), max(1, most // grid_x), MAX_GRID_Y)
+    return (grid_x, grid_y), (x, y)
+
+
+@cache
+def kernel(dtype: str) -> Any:
+    """The kernel for a dtype. CuPy compiles the file once for a device, for all of them."""
+    import cupy
+
+    return cupy.RawKernel(source(), f"fill_{dtype}", options=OPTIONS)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@cache
+def source() -> str:
+    """kernels/fill.cu: inside the package in a wheel, beside it in a checkout or an editable install."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if (folder / "fill.cu").is_file():
+            return (folder / "fill.cu").read_text(encoding="utf-8")
+    raise FileNotFoundError(f"gpuinit is installed without kernels/fill.cu in {package}")

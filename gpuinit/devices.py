@@ -1,0 +1,215 @@
+"""Which device: the one place that tries CuPy, and the fallback where CUDA cannot be used.
+
+A device is None for the CPU, or the number of a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+CPU = None
+
+INSTALL = 'pip install "gpuinit[cuda12]" (or "gpuinit[cuda13]")'
+
+# cudaError_t values that getDeviceCount returns on hosts without a usable device.
+INITIALIZATION_ERROR = 3
+INSUFFICIENT_DRIVER = 35
+NO_DEVICE = 100
+
+# DLDeviceType (dlpack.h).
+DLPACK_CPU = (1, 3)  # host memory, pinned host memory
+DLPACK_CUDA = (2, 13)  # device memory, managed memory
+
+fallback_warned = False
+
+
+class FallbackWarning(UserWarning):
+    """CUDA was asked for and cannot be used here; the same weights are made on the CPU."""
+
+
+def resolve(device: object) -> int | None:
+    """The device to use; with a FallbackWarning, once a process, where CUDA was asked for in vain."""
+    if device is None:
+        return current_cuda_device() if cuda_problem() is None else CPU
+    if isinstance(device, str) and device == "cpu":
+        return CPU
+    number = parse_cuda_device(device)
+    problem = cuda_problem()
+    if problem is not None:
+        warn_of_fallback(problem)
+        return CPU
+    if number is None:
+        return current_cuda_device()
+    count = cuda_device_count()
+    if number >= count:
+        raise ValueError(f"device must be one of cuda:0 to cuda:{count - 1}, got {device!r}")
+    return number
+
+
+def parse_cuda_device(device: object) -> int | None:
+    """The number of the CUDA device named, None for the current one."""
+    if isinstance(device, str):
+        match = re.fullmatch(r"cuda(?::(\d+))?", device, re.ASCII)
+        if match:
+            return None if match[1] is None else int(match[1])
+        raise ValueError(f'device must be None, "cpu", "cuda" or "cuda:N", got {device!r}')
+    if "cupy" in sys.modules and isinstance(device, sys.modules["cupy"].cuda.Device):
+        return int(device.id)
+    raise TypeError(f'device must be None, "cpu", "cuda", "cuda:N" or a cupy.cuda.Device, got {device!r}')
+
+
+def warn_of_fallback(problem: str) -> None:
+    global fallback_warned
+    if not fallback_warned:
+        warnings.warn(
+            f"CUDA cannot be used, so the same weights are made on the CPU: {problem}",
+            FallbackWarning,
+            stacklevel=find_stack_level(),
+        )
+        fallback_warned = True  # not reached where the warning is an error: it stays one
+
+
+def find_stack_level() -> int:
+    """The stack level, for warnings.warn in the caller, of the first frame outside this package."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "gpuinit":
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def cuda_problem() -> str | None:
+    """Why CUDA cannot be used in this process, with the remedy; None where it can."""
+    return find_cuda_problem(os.getpid())  # a forked child must look anew
+
+
+@cache
+def find_cuda_problem(process: int) -> str | None:
+    try:
+        import cupy
+    except ImportError as error:
+        if error.name == "cupy":
+            return f"CuPy is not installed. To install it: {INSTALL}"
+        return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
+    except OSError as error:  # CuPy makes its cache directory when imported
+        return (
+            f"importing CuPy failed ({describe(error)}). "
+            "Set CUPY_CACHE_DIR to a directory that can be written"
+        )
+    except Exception as error:
+        return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return explain_runtime_error(cupy, error)
+    if count == 0:
+        return "there is no CUDA device. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return find_kernel_problem(cupy)
+
+
+def explain_runtime_error(cupy: Any, error: Any) -> str:
+    status = error.status
+    if status == INSUFFICIENT_DRIVER and cupy.cuda.runtime.driverGetVersion() == 0:
+        return "there is no NVIDIA driver. Install one, or run the container with --gpus all"
+    if status == INSUFFICIENT_DRIVER:
+        driver = cupy.cuda.runtime.driverGetVersion()
+        return (
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10} only, "
+            "too old for this CuPy. Update the driver, or install a CuPy for an older CUDA"
+        )
+    if status == NO_DEVICE:
+        return "there is no CUDA device. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if status == INITIALIZATION_ERROR:
+        return (
+            "CUDA does not start. In a process forked from one that uses CUDA it never does: "
+            'use the "spawn" start method of multiprocessing. Elsewhere check nvidia-smi'
+        )
+    return f"CUDA does not start ({describe(error)}). Check nvidia-smi"
+
+
+def find_kernel_problem(cupy: Any) -> str | None:
+    """Compile and load the kernel, so that whatever is missing for it shows here and not in a fill."""
+    from gpuinit.backends import cuda
+
+    try:
+        cuda.kernel("float32").compile()
+    except Exception as error:
+        if "headers" in str(error) or "nvrtc" in str(error).lower():
+            return f"CUDA's compiler or headers are missing ({describe(error)}). To install: {INSTALL}"
+        if isinstance(error, OSError):
+            return (
+                f"the kernel cannot be cached ({describe(error)}). "
+                "Set CUPY_CACHE_DIR to a directory that can be written"
+            )
+        return (
+            f"the kernel does not compile or load ({describe(error)}). "
+            f"The CUDA version of CuPy may not fit this device: {INSTALL}"
+        )
+    return None
+
+
+def describe(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def current_cuda_device() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDevice())
+
+
+def cuda_device_count() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def adopt(out: object) -> tuple[Any, int | None]:
+    """out as a NumPy or CuPy array on the same memory, and its device."""
+    if isinstance(out, np.ndarray):
+        return out, CPU
+    try:
+        if hasattr(out, "__cuda_array_interface__"):
+            return adopt_cuda(out, "asarray")
+        if hasattr(out, "__dlpack__"):
+            kind, _ = out.__dlpack_device__()  # type: ignore[attr-defined]
+            if kind in DLPACK_CUDA:
+                return adopt_cuda(out, "from_dlpack")
+            if kind in DLPACK_CPU:
+                return np.from_dlpack(out), CPU
+        return np.asarray(memoryview(out)), CPU  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError, BufferError) as error:
+        raise TypeError(
+            "out must be a NumPy or CuPy array, or offer __cuda_array_interface__, DLPack or the "
+            f"buffer protocol, got {type(out).__name__} ({describe(error)})"
+        ) from error
+
+
+def adopt_cuda(out: object, function: str) -> tuple[Any, int]:
+    problem = cuda_problem()
+    if problem is not None:
+        raise RuntimeError(f"out is on a CUDA device, but CUDA cannot be used: {problem}")
+    import cupy
+
+    array = getattr(cupy, function)(out)
+    return array, int(array.device.id)
+
+
+def describe_device(device: int | None) -> str:
+    """The device as users write it."""
+    return "cpu" if device is CPU else f"cuda:{device}"
+
+
+def agree(asked: object, device: int | None) -> bool:
+    """Whether an array on device is where it was asked for; "cuda" is any CUDA device."""
+    resolved = resolve(asked)
+    return resolved == device or (asked == "cuda" and CPU not in (resolved, device))

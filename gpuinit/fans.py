@@ -1,0 +1,73 @@
+"""Shape and axes to fans; fans to the width of the distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import SupportsIndex
+
+from gpuinit.stream import as_integer
+
+Axes = SupportsIndex | Sequence[SupportsIndex]
+
+# Standard deviation of the unit normal truncated at +-2: sqrt(1 - 4*phi(2) / (2*Phi(2) - 1)), where phi and
+# Phi are the normal density and distribution function. tests/test_fans.py derives it. Keras and JAX divide
+# by .87962566103423978, which is the same float64.
+TRUNCATED_STD = 0.87962566103423976
+
+DEFAULT_AXES = (-2, -1, ())
+
+
+def parse_axes(argument: str, axes: Axes, ndim: int) -> list[int]:
+    """Axes as a list of ints in [0, ndim)."""
+    wanted = f"{argument} must be an axis or a sequence of axes in [-{ndim}, {ndim}), got {axes!r}"
+    if isinstance(axes, str | bytes | dict | set):
+        raise TypeError(wanted)
+    items: list[object] = list(axes) if hasattr(axes, "__iter__") else [axes]
+    parsed = [as_integer(item, wanted) for item in items]
+    if not all(-ndim <= axis < ndim for axis in parsed):
+        raise ValueError(wanted)
+    return [axis % ndim for axis in parsed]
+
+
+def fans(shape: tuple[int, ...], in_axis: Axes, out_axis: Axes, batch_axis: Axes) -> tuple[int, int]:
+    """fan_in and fan_out of a weight.
+
+        fan_in  = product of the lengths of in_axis  * receptive field
+        fan_out = product of the lengths of out_axis * receptive field
+
+    The receptive field is the product of all axes that are none of in_axis, out_axis and batch_axis. This is
+    the rule of `jax.nn.initializers.variance_scaling`; with the default axes it is Keras's for kernels of
+    Dense (in, out) and Conv (..., in, out). With the default axes a 0-D shape has fans 1 and a 1-D shape
+    (n,) fans n, as in Keras.
+    """
+    ndim = len(shape)
+    if ndim < 2 and (in_axis, out_axis, batch_axis) == DEFAULT_AXES:
+        return (shape[0], shape[0]) if shape else (1, 1)
+    inputs = parse_axes("in_axis", in_axis, ndim)
+    outputs = parse_axes("out_axis", out_axis, ndim)
+    batch = parse_axes("batch_axis", batch_axis, ndim)
+    named = [*inputs, *outputs, *batch]
+    if len(set(named)) < len(named):
+        raise ValueError(
+            "in_axis, out_axis and batch_axis must not name an axis twice, "
+            f"got {in_axis!r}, {out_axis!r} and {batch_axis!r} for shape {shape}"
+        )
+    receptive_field = prod(length for axis, length in enumerate(shape) if axis not in named)
+    return (
+        prod(shape[axis] for axis in inputs) * receptive_field,
+        prod(shape[axis] for axis in outputs) * receptive_field,
+    )
+
+
+def parent_std(scale: float, fan: float) -> float:
+    """Standard deviation of the normal that, cut at two of them, has variance scale / fan.
+
+    A fan below 1 counts as 1, as in Keras.
+    """
+    return sqrt(scale / max(1, fan)) / TRUNCATED_STD
+
+
+def uniform_limit(scale: float, fan: float) -> float:
+    """The limit of the uniform distribution on [-limit, limit] that has variance scale / fan."""
+    return sqrt(3 * scale / max(1, fan))

@@ -1,0 +1,518 @@
+"""he_normal and its family: arguments in, one request to a backend out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, SupportsFloat, SupportsIndex
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gpuinit import devices, quantile
+from gpuinit.backends import cpu, cuda
+from gpuinit.fans import Axes, fans, parent_std, uniform_limit
+from gpuinit.stream import Index, parse_index, parse_name, parse_seed, parse_shape, runs
+
+Shape = SupportsIndex | Sequence[SupportsIndex]
+
+DTYPES = {
+    dtype.name: dtype for dtype in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+}
+MODES = ("fan_in", "fan_out", "fan_avg")
+DISTRIBUTIONS = {"truncated_normal": quantile.TRUNCATED_NORMAL, "uniform": quantile.UNIFORM}
+
+
+def he_normal(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Truncated He-normal weights, for layers followed by ReLU.
+
+        std = sqrt(2 / fan_in)
+        weight = (std / 0.87962566103423976) * z,  z from the unit normal truncated to [-2, 2]
+
+    so that the weights themselves, after truncation, have mean 0 and standard deviation std. No weight is
+    beyond +-bound, bound = 2 * std / 0.8796..., in the dtype's arithmetic; both ends can be reached (one
+    weight in 3e7 in float32). The same draw as Keras's `HeNormal` and JAX's `he_normal`, not the same bits.
+
+    A weight is a function of seed, name and its row-major index in `shape` alone. The same arguments give
+    the same bits on every device, however the array is cut by `index`, in any order of calls.
+
+    Args:
+        shape: Shape of the whole array: an integer, or a sequence of integers >= 0, with fewer than 2**63
+            elements.
+        seed: An integer in [0, 2**64), or None for 64 fresh bits from the system. There is no global state:
+            the same seed gives the same weights every time.
+        name: Different names under one seed give independent weights; give each parameter of a model its
+            own. None is a stream of its own.
+        dtype: "float32", "float16", "bfloat16", "float64" or what `numpy.dtype` takes for them. None is the
+            dtype of `out`, else float32. float16 and bfloat16 weights are the float32 ones rounded to
+            nearest even.
+        device: "cpu", "cuda", "cuda:1", a `cupy.cuda.Device`, or None for CUDA where it can be used and the
+            CPU elsewhere. Where CUDA was asked for and cannot be used, the same weights are made on the CPU,
+            with a `FallbackWarning` once a process.
+        out: Array to fill and return instead of a new one: NumPy, CuPy, or anything that offers
+            `__cuda_array_interface__`, DLPack or the buffer protocol. C-contiguous, writable, in the shape
+            of the part made. On CUDA it is filled on CuPy's current stream.
+        index: The part to make, as one basic index into `shape`: integers, slices of step 1, an Ellipsis.
+            None is all of it. `he_normal(shape, index=i)` equals `he_normal(shape)[i]` and takes the time
+            and memory of the part; fans are those of the whole shape.
+        in_axis: Axis or axes of the inputs, whose lengths make fan_in.
+        out_axis: Axis or axes of the outputs, whose lengths make fan_out.
+        batch_axis: Axis or axes that count for neither fan. Axes not named at all are the receptive field
+            and multiply both. The defaults give Keras's fans: fan_in = shape[-2] * (product of the axes
+            before it), and fan_in = n for shape (n,), 1 for shape (). A fan of 0 counts as 1.
+
+    Returns:
+        `numpy.ndarray` or `cupy.ndarray`, C-ordered, on the device; or `out`.
+
+    Raises:
+        TypeError, ValueError: An argument that cannot be used, before anything is made or written.
+        RuntimeError: `out` is on a CUDA device and CUDA cannot be used.
+
+    References:
+        He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852;
+        `keras.initializers.HeNormal`; the fans of `jax.nn.initializers.variance_scaling`.
+    """
+    return variance_scaling(
+        shape,
+        2.0,
+        "fan_in",
+        "truncated_normal",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def he_uniform(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Uniform He weights, for layers followed by ReLU: standard deviation sqrt(2 / fan_in).
+
+        limit = sqrt(6 / fan_in), uniform in [-limit, limit]; both ends can be reached
+
+    The arguments, the result and the errors are those of `he_normal`.
+
+    References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015;
+    `keras.initializers.HeUniform`.
+    """
+    return variance_scaling(
+        shape,
+        2.0,
+        "fan_in",
+        "uniform",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def glorot_normal(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Truncated Glorot-normal weights, also called Xavier-normal.
+
+        std = sqrt(2 / (fan_in + fan_out)), cut at +-2 * std / 0.87962566103423976
+
+    The arguments, the result and the errors are those of `he_normal`.
+
+    References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010; `keras.initializers.GlorotNormal`.
+    """
+    return variance_scaling(
+        shape,
+        1.0,
+        "fan_avg",
+        "truncated_normal",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def glorot_uniform(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Uniform Glorot weights, also called Xavier-uniform; the default of Keras's Dense and Conv layers.
+
+        limit = sqrt(6 / (fan_in + fan_out)), uniform in [-limit, limit]; both ends can be reached
+
+    The arguments, the result and the errors are those of `he_normal`.
+
+    References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010; `keras.initializers.GlorotUniform`.
+    """
+    return variance_scaling(
+        shape,
+        1.0,
+        "fan_avg",
+        "uniform",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def lecun_normal(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Truncated LeCun-normal weights, for layers followed by SELU.
+
+        std = sqrt(1 / fan_in), cut at +-2 * std / 0.87962566103423976
+
+    The arguments, the result and the errors are those of `he_normal`.
+
+    References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
+    `keras.initializers.LecunNormal`.
+    """
+    return variance_scaling(
+        shape,
+        1.0,
+        "fan_in",
+        "truncated_normal",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def lecun_uniform(
+    shape: Shape,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Uniform LeCun weights.
+
+        limit = sqrt(3 / fan_in), uniform in [-limit, limit]; both ends can be reached
+
+    The arguments, the result and the errors are those of `he_normal`.
+
+    References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
+    `keras.initializers.LecunUniform`.
+    """
+    return variance_scaling(
+        shape,
+        1.0,
+        "fan_in",
+        "uniform",
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        device=device,
+        out=out,
+        index=index,
+        in_axis=in_axis,
+        out_axis=out_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def variance_scaling(
+    shape: Shape,
+    scale: SupportsFloat = 1.0,
+    mode: str = "fan_in",
+    distribution: str = "truncated_normal",
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+    in_axis: Axes = -2,
+    out_axis: Axes = -1,
+    batch_axis: Axes = (),
+) -> Any:
+    """Weights of variance scale / fan: the general case of the six above.
+
+        "truncated_normal"  std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
+        "uniform"           limit = sqrt(3 * scale / fan), in [-limit, limit]
+
+    Args:
+        scale: A finite number > 0.
+        mode: "fan_in", "fan_out" or "fan_avg", the mean of the two.
+        distribution: "truncated_normal" or "uniform".
+
+    The other arguments, the result and the errors are those of `he_normal`.
+
+    References: `keras.initializers.VarianceScaling`, `jax.nn.initializers.variance_scaling`.
+    """
+    parsed = parse_shape(shape)
+    factor = parse_number("scale", scale)
+    if factor == 0:
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if distribution not in tuple(DISTRIBUTIONS):
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    fan_in, fan_out = fans(parsed, in_axis, out_axis, batch_axis)
+    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
+    width = (parent_std if distribution == "truncated_normal" else uniform_limit)(factor, fan)
+    return make(parsed, distribution, f"scale {scale!r}", width, seed, name, dtype, device, out, index)
+
+
+def truncated_normal(
+    shape: Shape,
+    stddev: SupportsFloat = 0.05,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+) -> Any:
+    """Weights of a normal distribution truncated at two standard deviations, whatever the fans.
+
+        weight = stddev * z,  z from the unit normal truncated to [-2, 2]
+
+    stddev is that of the normal before it is cut, as in Keras; that of the weights is 0.8796 times as large.
+    No weight is beyond +-2 * stddev; both ends can be reached.
+
+    Args:
+        stddev: A finite number >= 0; the default is Keras's.
+
+    The other arguments, the result and the errors are those of `he_normal`.
+
+    References: `keras.initializers.TruncatedNormal`.
+    """
+    width = parse_number("stddev", stddev)
+    return make(
+        parse_shape(shape),
+        "truncated_normal",
+        f"stddev {stddev!r}",
+        width,
+        seed,
+        name,
+        dtype,
+        device,
+        out,
+        index,
+    )
+
+
+def uniform(
+    shape: Shape,
+    limit: SupportsFloat = 0.05,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+) -> Any:
+    """Weights of the uniform distribution on [-limit, limit], whatever the fans. Both ends can be reached.
+
+    Args:
+        limit: A finite number >= 0; the default is that of Keras's `RandomUniform`.
+
+    The other arguments, the result and the errors are those of `he_normal`.
+    """
+    width = parse_number("limit", limit)
+    return make(
+        parse_shape(shape),
+        "uniform",
+        f"limit {limit!r}",
+        width,
+        seed,
+        name,
+        dtype,
+        device,
+        out,
+        index,
+    )
+
+
+def make(
+    shape: tuple[int, ...],
+    distribution: str,
+    width_source: str,
+    width: float,
+    seed: SupportsIndex | None,
+    name: str | None,
+    dtype: npt.DTypeLike | None,
+    device: object,
+    out: Any,
+    index: Index | None,
+) -> Any:
+    """Check what is left to check, then fill one array.
+
+    width is the standard deviation of the normal before truncation, or the limit of the uniform.
+    """
+    key, stream = parse_seed(seed), parse_name(name)
+    starts, lengths, part = parse_index(index, shape)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    if out is None:
+        made_of = DTYPES["float32"] if wanted is None else wanted
+        limit = parse_limit(distribution, width_source, width, made_of)
+        number = devices.resolve(device)
+        backend = cpu if number is devices.CPU else cuda
+        result = filled = backend.empty(part, made_of, number)
+    else:
+        filled, number = adopt_out(out, part, wanted, device)
+        limit = parse_limit(distribution, width_source, width, filled.dtype)
+        backend = cpu if number is devices.CPU else cuda
+        result = out
+    if filled.size:
+        backend.fill(
+            filled.reshape(-1),
+            runs(shape, starts, lengths),
+            key,
+            stream,
+            DISTRIBUTIONS[distribution],
+            limit,
+        )
+    return result
+
+
+def parse_number(argument: str, value: SupportsFloat) -> float:
+    wanted = f"{argument} must be a finite number >= 0, got {value!r}"
+    if isinstance(value, bool | np.bool_ | str | bytes):
+        raise TypeError(wanted)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(wanted) from None
+    except OverflowError:
+        raise ValueError(wanted) from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(wanted)
+    return number
+
+
+def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
+    wanted = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    try:
+        parsed = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(wanted) from None
+    if parsed not in DTYPES.values():
+        raise ValueError(wanted)
+    return parsed
+
+
+def parse_limit(distribution: str, source: str, width: float, dtype: np.dtype) -> float:
+    """The largest weight, in the arithmetic of the sample: float64 for float64, else float32."""
+    kind = np.float64 if dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        limit = kind(width) * kind(2 if distribution == "truncated_normal" else 1)
+        if not np.isfinite(np.asarray(limit).astype(dtype)):
+            raise ValueError(
+                f"{source.split()[0]} must leave the weights finite in {dtype.name}, got {source}"
+            )
+    return float(limit)
+
+
+def adopt_out(
+    out: Any, part: tuple[int, ...], dtype: np.dtype | None, device: object
+) -> tuple[Any, int | None]:
+    """out as a NumPy or CuPy array, and its device, once it is known to suit."""
+    array, number = devices.adopt(out)
+    if tuple(array.shape) != part:
+        raise ValueError(f"out must have shape {part}, got {tuple(array.shape)}")
+    if array.dtype not in DTYPES.values():
+        raise ValueError(f"out must have dtype {', '.join(DTYPES)}, got {array.dtype}")
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"out must have dtype {dtype.name}, as asked, got {array.dtype.name}")
+    if device is not None and not devices.agree(device, number):
+        raise ValueError(
+            f"out must be on {device!r}, as asked, got an array on {devices.describe_device(number)}"
+        )
+    if not array.flags.c_contiguous:
+        raise ValueError("out must be C-contiguous, got an array with gaps or in another order")
+    if number is devices.CPU and not array.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    return array, number

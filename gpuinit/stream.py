@@ -1,0 +1,141 @@
+"""Seed and name to key and stream; shape and index to runs of global elements (stream format 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import secrets
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from types import EllipsisType
+from typing import NamedTuple, SupportsIndex
+
+Index = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
+
+MAX_AXES = 64  # NumPy's own limit
+MAX_SIZE = 2**63 - 1  # the largest count a signed 64-bit index can address
+
+
+class Run(NamedTuple):
+    """`rows` rows of `length` elements; row r starts at global element offset + r * row_stride."""
+
+    offset: int
+    length: int
+    rows: int
+    row_stride: int
+
+
+def as_integer(value: object, wanted: str) -> int:
+    """An integer of any library as an int; truth values and all else raise TypeError(wanted)."""
+    if type(value).__name__ in ("bool", "bool_"):
+        raise TypeError(wanted)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(wanted) from None
+
+
+def parse_seed(seed: SupportsIndex | None) -> int:
+    """The Philox key: the seed itself, or 64 fresh bits from the system for None."""
+    if seed is None:
+        return secrets.randbits(64)
+    wanted = f"seed must be None or an integer in [0, 2**64), got {seed!r}"
+    key = as_integer(seed, wanted)
+    if not 0 <= key < 2**64:
+        raise ValueError(wanted)
+    return key
+
+
+def parse_name(name: str | None) -> int:
+    """The stream: 0 for None, else the first 8 bytes, little-endian, of BLAKE2b of the UTF-8 name."""
+    if name is None:
+        return 0
+    if not isinstance(name, str):
+        raise TypeError(f"name must be None or a string, got {name!r}")
+    try:
+        encoded = name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"name must be encodable as UTF-8, got {name!r}") from None
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def parse_shape(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The shape as a tuple of ints."""
+    wanted = f"shape must be an integer or a sequence of integers >= 0, got {shape!r}"
+    if isinstance(shape, str | bytes | dict | set):
+        raise TypeError(wanted)
+    lengths: tuple[object, ...] = tuple(shape) if hasattr(shape, "__iter__") else (shape,)
+    parsed = tuple(as_integer(length, wanted) for length in lengths)
+    if any(length < 0 for length in parsed):
+        raise ValueError(wanted)
+    if len(parsed) > MAX_AXES:
+        raise ValueError(f"shape must have at most {MAX_AXES} axes, got {len(parsed)}")
+    if prod(max(length, 1) for length in parsed) > MAX_SIZE:
+        raise ValueError(f"shape must have fewer than 2**63 elements, got {shape!r}")
+    return parsed
+
+
+def parse_index(
+    index: Index | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Start and length along every axis of the part that index selects, and the shape of that part."""
+    if index is None:
+        return (0,) * len(shape), shape, shape
+    items = index if isinstance(index, tuple) else (index,)
+    wanted = f"index must hold integers, slices and at most one Ellipsis, got {index!r}"
+    ellipses = sum(item is Ellipsis for item in items)
+    if ellipses > 1:
+        raise ValueError(wanted)
+    if len(items) - ellipses > len(shape):
+        raise ValueError(f"index must have at most {len(shape)} entries for shape {shape}, got {index!r}")
+    whole = (slice(None),) * (len(shape) - len(items) + ellipses)
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
+    items = items[:at] + whole + items[at + 1 :]
+
+    starts, lengths, part = [], [], []
+    for item, length in zip(items, shape, strict=True):
+        if isinstance(item, slice):
+            if item.step is not None and as_integer(item.step, wanted) != 1:
+                raise ValueError(f"index must hold slices of step 1, got {index!r}")
+            try:
+                start, stop, _ = item.indices(length)
+            except TypeError:
+                raise TypeError(wanted) from None
+            starts.append(start)
+            lengths.append(max(stop - start, 0))
+            part.append(lengths[-1])
+        else:
+            position = as_integer(item, wanted)
+            if not -length <= position < length:
+                raise ValueError(f"index must lie inside the shape {shape}, got {index!r}")
+            starts.append(position % length)
+            lengths.append(1)
+    return tuple(starts), tuple(lengths), tuple(part)
+
+
+def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]) -> Iterator[Run]:
+    """The runs of global elements that make the part, in the part's own order.
+
+    Neighbouring axes join into one where the part has the inner one whole. The two innermost axes left
+    are the elements and the rows of a run; the rest are walked here.
+    """
+    if 0 in lengths:
+        return
+    joined: list[tuple[int, int]] = []  # (length, stride), innermost first
+    offset, stride = 0, 1
+    for length, start, count in reversed(list(zip(shape, starts, lengths, strict=True))):
+        offset += start * stride
+        if joined and joined[-1][0] * joined[-1][1] == stride:
+            joined[-1] = (joined[-1][0] * count, joined[-1][1])
+        elif count > 1:
+            joined.append((count, stride))
+        stride *= length
+    if not joined or joined[0][1] != 1:  # single elements, a stride apart
+        joined.insert(0, (1, 1))
+    if len(joined) == 1:
+        joined.append((1, 0))
+    (count, _), (rows, row_stride), *outer = joined
+    steps = [range(0, length * stride, stride) for length, stride in reversed(outer)]
+    for path in product(*steps):
+        yield Run(offset + sum(path), count, rows, row_stride)

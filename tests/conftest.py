@@ -1,0 +1,200 @@
+"""One suite for every device. A test that takes `device` runs on each, and never asks which it is.
+
+GPUINIT_TEST_DEVICES=cpu,cuda-sim,cuda chooses. A device that was asked for and is missing fails the run; one
+that was not asked for is a visible skip. Unset, every device that is here is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_sim
+import host_build
+import hypothesis
+import numpy as np
+import pytest
+
+from gpuinit import devices, quantile
+from gpuinit.backends import cuda
+
+NAMES = ("cpu", "cuda-sim", "cuda")
+
+hypothesis.settings.register_profile(
+    "gpuinit",
+    deadline=None,  # the machine is shared
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("gpuinit")
+
+# For tests only: the kernel's own functions, called one by one.
+PROBES = """
+extern "C" __global__ void probe_philox4x32(uint64 *counters_and_keys, uint4 *words, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x()) {
+        uint64 *row = counters_and_keys + 3 * i;
+        words[i] = philox4x32(row[0], row[1], row[2]);
+    }
+}
+
+extern "C" __global__ void probe_truncated_normal(uint4 *words, float4 *samples, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x())
+        samples[i] = truncated_normal(make_float4(uniform(words[i].x), uniform(words[i].y),
+                                                  uniform(words[i].z), uniform(words[i].w)));
+}
+
+extern "C" __global__ void probe_truncated_normal64(uint4 *words, double2 *samples, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x())
+        samples[i] = make_double2(truncated_normal64(uniform64(words[i].x, words[i].y)),
+                                  truncated_normal64(uniform64(words[i].z, words[i].w)));
+}
+"""
+
+
+class Cpu:
+    """The CPU, seen by the tests."""
+
+    name = "cpu"
+
+    def numpy(self, array: Any) -> np.ndarray:
+        assert isinstance(array, np.ndarray)
+        return array
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        return array
+
+    def philox4x32(self, blocks: list[int], streams: list[int], keys: list[int]) -> np.ndarray:
+        """The words, one block a row."""
+        rows = []
+        for block, stream, key in zip(blocks, streams, keys, strict=True):
+            scratch = quantile.make_scratch(quantile.make_memory(1), 1, np.float32)
+            round_keys = quantile.round_keys(key)
+            even, odd = quantile.philox4x32(np.array([block], np.uint64), stream, round_keys, scratch)
+            rows.append([word & 0xFFFFFFFF for word in (even[0], odd[0], even[1], odd[1])])
+        return np.array(rows, np.uint32).reshape(-1, 4)
+
+    def truncated_normal(self, words: np.ndarray) -> np.ndarray:
+        """The float32 samples of words, (n, 4) both."""
+        n = len(words)
+        scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float32)
+        scratch.words[:] = words.T
+        u = quantile.uniform(scratch.words, scratch.u)
+        return quantile.truncated_normal(u, scratch).T.copy()
+
+    def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
+        """The float64 samples, (n, 2), of words, (n, 4)."""
+        n = len(words)
+        scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float64)
+        scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
+        u = quantile.uniform64(scratch.even, scratch.odd, scratch.u)
+        return quantile.truncated_normal64(u, scratch).T.copy()
+
+
+class Cuda:
+    """CUDA through the CuPy that is imported now, real or not, seen by the tests."""
+
+    name = "cuda"
+
+    def __init__(self, cupy: Any) -> None:
+        self.cupy = cupy
+
+    def numpy(self, array: Any) -> np.ndarray:
+        assert isinstance(array, self.cupy.ndarray)
+        return array.get()
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        if isinstance(self.cupy, type(sys)) and hasattr(self.cupy, "array"):
+            return self.cupy.array(array)
+        return self.cupy.ndarray(array.copy())
+
+    def probe(self, name: str, given: np.ndarray, result: Any) -> np.ndarray:
+        kernel = self.cupy.RawKernel(cuda.source() + PROBES, name, options=cuda.OPTIONS)
+        kernel((7,), (32,), (self.from_numpy(given), result, np.uint64(len(given))))
+        return result.get()
+
+    def philox4x32(self, blocks: list[int], streams: list[int], keys: list[int]) -> np.ndarray:
+        rows = np.array([blocks, streams, keys], np.uint64).T.copy()
+        return self.probe("probe_philox4x32", rows, self.cupy.empty((len(rows), 4), np.uint32))
+
+    def truncated_normal(self, words: np.ndarray) -> np.ndarray:
+        result = self.cupy.empty((len(words), 4), np.float32)
+        return self.probe("probe_truncated_normal", words.astype(np.uint32), result)
+
+    def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
+        result = self.cupy.empty((len(words), 2), np.float64)
+        return self.probe("probe_truncated_normal64", words.astype(np.uint32), result)
+
+
+def forget() -> None:
+    """Make gpuinit look for CUDA anew."""
+    devices.find_cuda_problem.cache_clear()
+    devices.fallback_warned = False
+    cuda.kernel.cache_clear()
+    cuda.multiprocessors.cache_clear()
+
+
+def missing(name: str) -> str | None:
+    """Why a test device is not here; None if it is."""
+    if name == "cuda-sim":
+        return None if host_build.compiler() else "no C++ compiler. Install g++"
+    if name == "cuda":
+        return devices.cuda_problem()
+    return None
+
+
+def asked_for() -> list[str]:
+    setting = os.environ.get("GPUINIT_TEST_DEVICES")
+    return list(NAMES) if setting is None else setting.split(",")
+
+
+REASONS: dict[str, str | None] = {}  # why a device does not run, None where it does
+
+
+def pytest_configure() -> None:
+    names = asked_for()
+    unknown = set(names) - set(NAMES)
+    if unknown:
+        raise pytest.UsageError(
+            f"GPUINIT_TEST_DEVICES must be a list of {', '.join(NAMES)}, got {', '.join(unknown)}"
+        )
+    for name in NAMES:
+        REASONS[name] = missing(name) if name in names else "not asked for"
+        if REASONS[name] and name in names and "GPUINIT_TEST_DEVICES" in os.environ:
+            raise pytest.UsageError(f"{name} was asked for and cannot run: {REASONS[name]}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.section("devices")
+    for name, reason in REASONS.items():
+        terminalreporter.line(f"{name:10}" + (f"skipped: {reason}" if reason else "ran"))
+
+
+@pytest.fixture
+def cupy_sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in CuPy, in place of the real one."""
+    if REASONS["cuda-sim"]:
+        pytest.skip(f"cuda-sim: {REASONS['cuda-sim']}")
+    monkeypatch.setitem(sys.modules, "cupy", cuda_sim)
+    forget()
+    yield cuda_sim
+    forget()
+
+
+@pytest.fixture(params=NAMES)
+def device(request: pytest.FixtureRequest) -> Iterator[Any]:
+    name = request.param
+    if REASONS[name]:
+        pytest.skip(f"{name}: {REASONS[name]}")
+    if name == "cpu":
+        yield Cpu()
+    elif name == "cuda-sim":
+        yield Cuda(request.getfixturevalue("cupy_sim"))
+    else:
+        import cupy
+
+        yield Cuda(cupy)

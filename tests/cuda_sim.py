@@ -1,0 +1,148 @@
+"""A stand-in for the parts of CuPy that gpuinit uses, for machines without a GPU.
+
+Arrays live in host memory and kernels run in a host build of their own source. RawKernel refuses what the
+real one would misread in silence: a Python number, a scalar of another type than its parameter's, a wrong
+count, an array of another device or with gaps. Two devices, so that choosing between them can be tested.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import types
+from typing import Any
+
+import host_build
+import numpy as np
+
+COUNT = 2
+MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
+
+current = [0]
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"cudaError {status}")
+        self.status = status
+
+
+class Device:
+    def __init__(self, number: int | None = None) -> None:
+        self.id = current[-1] if number is None else int(number)
+        self.attributes = {"MultiProcessorCount": MULTIPROCESSORS}
+
+    def __enter__(self) -> Device:
+        if not 0 <= self.id < COUNT:
+            raise CUDARuntimeError(101)
+        current.append(self.id)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        current.pop()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and self.id == other.id
+
+    def synchronize(self) -> None:
+        pass
+
+
+class ndarray:  # noqa: N801
+    """A NumPy array that pretends to be on a device: it never turns into one by itself."""
+
+    def __init__(self, host: np.ndarray, device: Device | None = None) -> None:
+        self.host = host
+        self.device = device or Device()
+        self.shape, self.dtype, self.size = host.shape, host.dtype, host.size
+        self.flags = types.SimpleNamespace(c_contiguous=host.flags.c_contiguous)
+
+    def reshape(self, *shape: int) -> ndarray:
+        return ndarray(self.host.reshape(*shape), self.device)
+
+    def __getitem__(self, index: Any) -> ndarray:
+        return ndarray(self.host[index], self.device)
+
+    def get(self) -> np.ndarray:
+        return self.host.copy()
+
+    def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return dict(self.host.__array_interface__, version=3, device=self.device.id)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
+    host = np.empty(shape, dtype)
+    host.reshape(-1).view(np.uint8).fill(0xCA)  # so that what is never written shows
+    return ndarray(host)
+
+
+def asarray(array: Any) -> ndarray:
+    if isinstance(array, ndarray):
+        return array
+    interface = array.__cuda_array_interface__
+    host = np.asarray(types.SimpleNamespace(__array_interface__=interface, keep=array))
+    return ndarray(host, Device(interface["device"]))
+
+
+def from_dlpack(array: Any) -> ndarray:
+    return ndarray(array.host, array.device)
+
+
+SCALARS = {
+    "I": (np.uint32, ctypes.c_uint32),
+    "Q": (np.uint64, ctypes.c_uint64),
+    "f": (np.float32, ctypes.c_float),
+    "d": (np.float64, ctypes.c_double),
+}
+
+
+class RawKernel:
+    def __init__(self, code: str, name: str, options: tuple[str, ...] = ()) -> None:
+        self.code, self.name, self.options = code, name, options
+
+    def compile(self) -> None:
+        assert "--fmad=false" in self.options
+        self.library = host_build.build(self.code)
+        self.signature = host_build.signature(self.library, self.name)
+        bounds = re.search(r"#define BLOCK_SIZE (\d+)", self.code)
+        self.most_threads = int(bounds[1]) if bounds else 1024
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple) -> None:
+        if not hasattr(self, "library"):
+            self.compile()
+        if not all(1 <= size < 2**31 for size in grid) or any(size > 65535 for size in grid[1:]):
+            raise ValueError(f"a grid that no device takes: {grid}")
+        if not all(size >= 1 for size in block) or np.prod(block) > self.most_threads:
+            raise ValueError(f"a block that the kernel's launch bounds forbid: {block}")
+        if len(arguments) != len(self.signature):
+            raise TypeError(f"{self.name} takes {len(self.signature)} arguments, got {len(arguments)}")
+        values = [self.convert(*pair) for pair in enumerate(zip(self.signature, arguments, strict=True))]
+        host_build.launch(self.library, self.name, grid, block, values)
+
+    def convert(self, position: int, pair: tuple[str, Any]) -> Any:
+        letter, argument = pair
+        if letter == "p":
+            if not isinstance(argument, ndarray):
+                raise TypeError(f"argument {position} must be an array, got {type(argument)}")
+            if argument.device.id != current[-1]:
+                raise ValueError("the array is not on the current device")
+            if not argument.flags.c_contiguous:
+                raise ValueError("the array has strides, which RawKernel ignores")
+            return ctypes.c_void_p(argument.host.ctypes.data)
+        numpy_type, ctypes_type = SCALARS[letter]
+        if type(argument) is not numpy_type:
+            raise TypeError(f"argument {position} must be {numpy_type}, got {type(argument)}")
+        return ctypes_type(argument.item())
+
+
+runtime = types.SimpleNamespace(
+    CUDARuntimeError=CUDARuntimeError,
+    getDeviceCount=lambda: COUNT,
+    getDevice=lambda: current[-1],
+    driverGetVersion=lambda: 13000,
+)
+cuda = types.SimpleNamespace(Device=Device, runtime=runtime)

@@ -1,0 +1,54 @@
+/* The CUDA names that kernels/fill.cu uses, for a host compiler: the tests run the kernel on the CPU with it.
+ * Float intrinsics flush subnormal numbers to zero, as they do under the -ftz=true that CuPy appends.
+ * Compile with contraction off. SPDX-License-Identifier: Apache-2.0 */
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __launch_bounds__(threads)
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+struct dim3 { unsigned x, y, z; };
+
+static thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline double2 make_double2(double x, double y) { return {x, y}; }
+
+static inline float flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
+static inline float __fadd_rn(float a, float b) { return flush(flush(a) + flush(b)); }
+static inline float __fmul_rn(float a, float b) { return flush(flush(a) * flush(b)); }
+static inline float __frcp_rn(float a) { return flush(1.0f / flush(a)); }
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __drcp_rn(double a) { return 1.0 / a; }
+static inline float __int2float_rn(int a) { return (float)a; }
+static inline double __ll2double_rn(long long a) { return (double)a; }
+static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+
+static inline unsigned __float_as_uint(float a)
+{
+    unsigned bits;
+    memcpy(&bits, &a, 4);
+    return bits;
+}
+
+/* cvt.rn.f16.f32 for finite numbers, by exact arithmetic in double. */
+static inline unsigned short host_float16_bits(float a)
+{
+    unsigned short sign = (unsigned short)(__float_as_uint(a) >> 16 & 0x8000);
+    double magnitude = fabs((double)a);
+    int exponent = magnitude < 0x1p-14 ? -14 : ilogb(magnitude);
+    double units = nearbyint(ldexp(magnitude, 10 - exponent)); /* to even, the default rounding */
+    if (exponent == -14)
+        return sign | (unsigned short)units;
+    unsigned bits = (unsigned)(exponent + 14) * 1024 + (unsigned)units;
+    return sign | (unsigned short)(bits < 0x7C00 ? bits : 0x7C00);
+}
