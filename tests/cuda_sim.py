@@ -66,6 +66,13 @@ class ndarray:  # noqa: N801
     def __getitem__(self, index: Any) -> ndarray:
         return ndarray(self.host[index], self.device)
 
+    def __eq__(self, other: object) -> Any:
+        return self.host == other.host if isinstance(other, ndarray) else NotImplemented
+
+    @property
+    def T(self) -> ndarray:  # noqa: N802
+        return ndarray(self.host.T, self.device)
+
     def get(self) -> np.ndarray:
         return self.host.copy()
 

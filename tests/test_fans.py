@@ -15,7 +15,6 @@ from gpuinit.fans import TRUNCATED_STD, fans, parent_std, uniform_limit
 def test_the_standard_deviation_of_the_truncated_normal():
     with mp.workdps(30):
         exact = mp.sqrt(1 - 4 * mp.npdf(2) / (2 * mp.ncdf(2) - 1))
-        assert mp.nstr(exact, 17) == str(TRUNCATED_STD)
         assert float(exact) == TRUNCATED_STD == 0.87962566103423978  # as Keras and JAX write it
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
+import golden
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tools"))
-import golden
 
 TABLE = json.loads((HERE / "golden.json").read_text(encoding="utf-8"))
 ROWS = TABLE["arrays"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from pathlib import Path
 
+import fit_quantile
 import numpy as np
 import pytest
 from mpmath import mp, mpf
@@ -14,9 +13,6 @@ from reference import exact_sample, signed
 
 from gpuinit import quantile
 from gpuinit.backends import cuda
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import fit_quantile
 
 MOST_ULP = 10  # the design's bound, in units in the last place of the exact sample
 
