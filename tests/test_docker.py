@@ -63,10 +63,11 @@ def test_the_image_asks_for_its_devices_and_makes_the_fallback_an_error(tmp_path
 
 
 def test_the_default_without_a_gpu_fails_and_says_why():
-    done = run_image([], in_path(Path(sys.executable).parent))
+    # --collect-only: if it did not fail, the suite would run inside itself without end.
+    arguments = [*instruction("CMD"), "--collect-only", "--quiet"]
+    done = run_image(arguments, in_path(Path(sys.executable).parent))
     assert done.returncode not in (0, 5)  # 5: no test was found
     assert re.search("cuda was asked for and cannot run: .{20}", done.stdout + done.stderr)
-    assert "passed" not in done.stdout
 
 
 def test_the_image_refuses_what_it_does_not_know():
