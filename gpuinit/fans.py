@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod, sqrt
 from typing import SupportsIndex
 
-from gpuinit.stream import as_integer
+from gpuinit.stream import as_integers
 
 Axes = SupportsIndex | Sequence[SupportsIndex]
 
@@ -21,10 +21,7 @@ DEFAULT_AXES = (-2, -1, ())
 def parse_axes(argument: str, axes: Axes, ndim: int) -> list[int]:
     """Axes as a list of ints in [0, ndim)."""
     wanted = f"{argument} must be an axis or a sequence of axes in [-{ndim}, {ndim}), got {axes!r}"
-    if isinstance(axes, str | bytes | dict | set):
-        raise TypeError(wanted)
-    items: list[object] = list(axes) if hasattr(axes, "__iter__") else [axes]
-    parsed = [as_integer(item, wanted) for item in items]
+    parsed = as_integers(axes, wanted)
     if not all(-ndim <= axis < ndim for axis in parsed):
         raise ValueError(wanted)
     return [axis % ndim for axis in parsed]

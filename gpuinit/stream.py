@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
-import secrets
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from math import prod
 from types import EllipsisType
@@ -36,10 +35,19 @@ def as_integer(value: object, wanted: str) -> int:
         raise TypeError(wanted) from None
 
 
+def as_integers(value: object, wanted: str) -> tuple[int, ...]:
+    """An integer, or a sequence of them, as a tuple of ints; all else raises TypeError(wanted)."""
+    if isinstance(value, str | bytes | dict | set):
+        raise TypeError(wanted)
+    if isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0:
+        return tuple(as_integer(item, wanted) for item in value)
+    return (as_integer(value, wanted),)
+
+
 def parse_seed(seed: SupportsIndex | None) -> int:
     """The Philox key: the seed itself, or 64 fresh bits from the system for None."""
     if seed is None:
-        return secrets.randbits(64)
+        return int.from_bytes(os.urandom(8), "little")
     wanted = f"seed must be None or an integer in [0, 2**64), got {seed!r}"
     key = as_integer(seed, wanted)
     if not 0 <= key < 2**64:
@@ -53,20 +61,19 @@ def parse_name(name: str | None) -> int:
         return 0
     if not isinstance(name, str):
         raise TypeError(f"name must be None or a string, got {name!r}")
+    from hashlib import blake2b  # here, as it loads OpenSSL, a tenth of the time to import this package
+
     try:
         encoded = name.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"name must be encodable as UTF-8, got {name!r}") from None
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "little")
 
 
 def parse_shape(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
     """The shape as a tuple of ints."""
     wanted = f"shape must be an integer or a sequence of integers >= 0, got {shape!r}"
-    if isinstance(shape, str | bytes | dict | set):
-        raise TypeError(wanted)
-    lengths: tuple[object, ...] = tuple(shape) if hasattr(shape, "__iter__") else (shape,)
-    parsed = tuple(as_integer(length, wanted) for length in lengths)
+    parsed = as_integers(shape, wanted)
     if any(length < 0 for length in parsed):
         raise ValueError(wanted)
     if len(parsed) > MAX_AXES:

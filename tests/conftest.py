@@ -6,6 +6,7 @@ that was not asked for is a visible skip. Unset, every device that is here is us
 
 from __future__ import annotations
 
+import collections
 import os
 import sys
 from collections.abc import Iterator
@@ -171,7 +172,10 @@ def pytest_configure() -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("devices")
     for name, reason in REASONS.items():
-        terminalreporter.line(f"{name:10}" + (f"skipped: {reason}" if reason else "ran"))
+        terminalreporter.line(f"{name:10}" + (f"did not run: {reason}" if reason else "ran"))
+    skipped = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in skipped.items():
+        terminalreporter.line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 Arrays live in host memory and kernels run in a host build of their own source. RawKernel refuses what the
 real one would misread in silence: a Python number, a scalar of another type than its parameter's, a wrong
-count, an array of another device or with gaps. Two devices, so that choosing between them can be tested.
+count, an array of another device or with gaps. Small launches run a second time with subnormal numbers
+flushed, as on a device under CuPy's -ftz=true, and must give the same bytes. There are two devices, so that
+choosing between them can be tested.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import host_build
 import numpy as np
 
 COUNT = 2
+TWICE_UP_TO = 2**18  # bytes
 MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
 
 current = [0]
@@ -63,6 +66,13 @@ class ndarray:  # noqa: N801
     def __getitem__(self, index: Any) -> ndarray:
         return ndarray(self.host[index], self.device)
 
+    def __eq__(self, other: object) -> Any:
+        return self.host == other.host if isinstance(other, ndarray) else NotImplemented
+
+    @property
+    def T(self) -> ndarray:  # noqa: N802
+        return ndarray(self.host.T, self.device)
+
     def get(self) -> np.ndarray:
         return self.host.copy()
 
@@ -107,6 +117,7 @@ class RawKernel:
     def compile(self) -> None:
         assert "--fmad=false" in self.options
         self.library = host_build.build(self.code)
+        self.flushing = host_build.build(self.code, host_build.FLUSH_TO_ZERO)
         self.signature = host_build.signature(self.library, self.name)
         bounds = re.search(r"#define BLOCK_SIZE (\d+)", self.code)
         self.most_threads = int(bounds[1]) if bounds else 1024
@@ -122,6 +133,11 @@ class RawKernel:
             raise TypeError(f"{self.name} takes {len(self.signature)} arguments, got {len(arguments)}")
         values = [self.convert(*pair) for pair in enumerate(zip(self.signature, arguments, strict=True))]
         host_build.launch(self.library, self.name, grid, block, values)
+        arrays = [argument.host for argument in arguments if isinstance(argument, ndarray)]
+        if sum(array.nbytes for array in arrays) <= TWICE_UP_TO:
+            before = [array.tobytes() for array in arrays]
+            host_build.launch(self.flushing, self.name, grid, block, values)
+            assert before == [array.tobytes() for array in arrays], "flushing changes the result"
 
     def convert(self, position: int, pair: tuple[str, Any]) -> Any:
         letter, argument = pair

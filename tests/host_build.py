@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ HERE = Path(__file__).parent
 FUSING = ("-mfma",) if platform.machine() == "x86_64" else ()
 CONTRACTION_OFF = "-ffp-contract=off"
 CONTRACTION_ON = "-ffp-contract=fast"
+FLUSH_TO_ZERO = "-DFLUSH_TO_ZERO"
 
 KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\))?\s*(\w+)\(')
 
@@ -27,17 +27,15 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def build(source: str, contraction: str = CONTRACTION_OFF) -> ctypes.CDLL:
+def build(source: str, *flags: str) -> ctypes.CDLL:
     """A shared library with launch_K and signature_K for every kernel K of the source."""
     exports = "\n".join(f"EXPORT({name})" for name in KERNEL.findall(source))
     unit = f'#include "host_cuda.h"\n{source}\n#include "host_launch.h"\n{exports}\n'
-    digest = hashlib.sha256((unit + contraction).encode()).hexdigest()[:16]
     folder = Path(tempfile.mkdtemp(prefix="gpuinit-host-"))
-    path = folder / f"{digest}.cpp"
-    path.write_text(unit)
-    command = [compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", "-w", contraction, *FUSING]
-    command += ["-I", str(HERE), str(path), "-o", str(folder / "kernel.so")]
-    subprocess.run(command, check=True)
+    (folder / "kernel.cpp").write_text(unit)
+    command = [compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", "-w", *FUSING]
+    command += [CONTRACTION_OFF, *flags, "-I", str(HERE), "kernel.cpp", "-o", "kernel.so"]
+    subprocess.run(command, check=True, cwd=folder)
     library = ctypes.CDLL(str(folder / "kernel.so"))
     shutil.rmtree(folder)
     return library

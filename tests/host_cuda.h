@@ -1,6 +1,6 @@
 /* The CUDA names that kernels/fill.cu uses, for a host compiler: the tests run the kernel on the CPU with it.
- * Float intrinsics flush subnormal numbers to zero, as they do under the -ftz=true that CuPy appends.
- * Compile with contraction off. SPDX-License-Identifier: Apache-2.0 */
+ * With FLUSH_TO_ZERO the float32 intrinsics flush subnormal numbers, as they do under the -ftz=true that CuPy
+ * appends. Compile with contraction off. SPDX-License-Identifier: Apache-2.0 */
 
 #include <cfloat>
 #include <cmath>
@@ -22,7 +22,11 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline double2 make_double2(double x, double y) { return {x, y}; }
 
+#ifdef FLUSH_TO_ZERO
 static inline float flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
+#else
+static inline float flush(float x) { return x; }
+#endif
 static inline float __fadd_rn(float a, float b) { return flush(flush(a) + flush(b)); }
 static inline float __fmul_rn(float a, float b) { return flush(flush(a) * flush(b)); }
 static inline float __frcp_rn(float a) { return flush(1.0f / flush(a)); }

@@ -62,7 +62,10 @@ def chebyshev_points(count: int) -> list[mpf]:
 
 def evaluate(coefficients: list[mpf], v: mpf) -> mpf:
     """The polynomial with these coefficients, constant first."""
-    return mp.polyval(coefficients[::-1], v)
+    value = mpf(0)
+    for coefficient in reversed(coefficients):
+        value = value * v + coefficient
+    return value
 
 
 def level(f: Callable[[mpf], mpf], points: list[mpf], degree: int) -> tuple[list[mpf], list[mpf], mpf]:
@@ -137,7 +140,7 @@ def main() -> None:
         print(f"{name}: degree {degree}, largest relative error {mp.nstr(error, 3)}")
         for letter, coefficients in (("P", p), ("Q", q)):
             for k, coefficient in enumerate(coefficients):
-                print(f"    {letter}{k} = {kind(mp.nstr(coefficient, 25))}")
+                print(f"    {letter}{k} = {kind(mp.nstr(coefficient, 25))!s}")
 
 
 if __name__ == "__main__":

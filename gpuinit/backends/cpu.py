@@ -1,11 +1,10 @@
-"""NumPy arrays, filled block by block on all cores that the process may use."""
+"""NumPy arrays, filled tile by tile on the cores that the process may use."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ BLOCKS_ALONE = 2**14
 BLOCKS_AMONG_THREADS = 2**16
 BYTES_PER_BLOCK = 96  # 80 of quantile.make_memory, 16 for the block numbers
 SCRATCH_BYTES = 14 * 2**20  # of all threads together
+MOST_THREADS = SCRATCH_BYTES // (BYTES_PER_BLOCK * BLOCKS_ALONE)  # 9; with less scratch each, more are slower
 ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
 
@@ -38,10 +38,10 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
 def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
     sample_type = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
     lanes = 16 // sample_type.itemsize
-    threads = max(1, min(thread_limit(), out.size // ELEMENTS_PER_THREAD))
+    threads = max(1, min(thread_limit(), MOST_THREADS, out.size // ELEMENTS_PER_THREAD))
     most = BLOCKS_ALONE
     if threads > 1:
-        most = min(BLOCKS_AMONG_THREADS, max(1, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK)))
+        most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size // lanes + 2)
     remaining = tiles(out, runs, lanes, blocks_at_once)
     keys = quantile.round_keys(key)
@@ -61,6 +61,8 @@ def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: i
     if threads == 1:
         work()
         return
+    from concurrent.futures import ThreadPoolExecutor  # here, as it is slow to import
+
     with ThreadPoolExecutor(threads) as pool:
         workers = [pool.submit(work) for _ in range(threads)]
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +73,8 @@ def multiprocessors(device: int) -> int:
 @cache
 def source() -> str:
     """kernels/fill.cu: inside the package in a wheel, beside it in a checkout or an editable install."""
+    from pathlib import Path  # here, as it is slow to import
+
     package = Path(__file__).parent.parent
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "fill.cu").is_file():

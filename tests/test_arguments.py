@@ -1,0 +1,275 @@
+"""Bad input: TypeError or ValueError, by its message, before anything is written."""
+
+from __future__ import annotations
+
+import array
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import gpuinit
+
+SHAPE = "shape must be an integer or a sequence of integers >= 0, got "
+SEED = "seed must be None or an integer in [0, 2**64), got "
+DTYPE = "dtype must be one of float32, float16, bfloat16, float64, got "
+INDEX = "index must hold integers, slices and at most one Ellipsis, got "
+AXES = "must be an axis or a sequence of axes in [-2, 2), got "
+NUMBER = "must be a finite number >= 0, got "
+
+BAD = [
+    # shape
+    ({"shape": -1}, ValueError, SHAPE + "-1"),
+    ({"shape": (3, -1)}, ValueError, SHAPE + "(3, -1)"),
+    ({"shape": 2.5}, TypeError, SHAPE + "2.5"),
+    ({"shape": (3, 2.0)}, TypeError, SHAPE + "(3, 2.0)"),
+    ({"shape": True}, TypeError, SHAPE + "True"),
+    ({"shape": (3, True)}, TypeError, SHAPE + "(3, True)"),
+    ({"shape": (np.True_,)}, TypeError, SHAPE),
+    ({"shape": "12"}, TypeError, SHAPE + "'12'"),
+    ({"shape": None}, TypeError, SHAPE + "None"),
+    ({"shape": {3, 4}}, TypeError, SHAPE + "{3, 4}"),
+    ({"shape": ((3, 4),)}, TypeError, SHAPE + "((3, 4),)"),
+    ({"shape": 2**63}, ValueError, "shape must have fewer than 2**63 elements, got 9223372036854775808"),
+    ({"shape": (2**62, 4)}, ValueError, "shape must have fewer than 2**63 elements, got ("),
+    ({"shape": (2**40, 0, 2**40)}, ValueError, "shape must have fewer than 2**63 elements, got ("),
+    ({"shape": (1,) * 65}, ValueError, "shape must have at most 64 axes, got 65"),
+    # seed and name
+    ({"seed": -1}, ValueError, SEED + "-1"),
+    ({"seed": 2**64}, ValueError, SEED + "18446744073709551616"),
+    ({"seed": 1.5}, TypeError, SEED + "1.5"),
+    ({"seed": "7"}, TypeError, SEED + "'7'"),
+    ({"seed": True}, TypeError, SEED + "True"),
+    ({"seed": np.False_}, TypeError, SEED),
+    ({"seed": np.array([1, 2])}, TypeError, SEED + "array([1, 2])"),
+    ({"name": 3}, TypeError, "name must be None or a string, got 3"),
+    ({"name": b"w"}, TypeError, "name must be None or a string, got b'w'"),
+    ({"name": "\ud800"}, ValueError, "name must be encodable as UTF-8, got '\\ud800'"),
+    # dtype
+    ({"dtype": "int32"}, ValueError, DTYPE + "'int32'"),
+    ({"dtype": ">f4"}, ValueError, DTYPE + "'>f4'"),
+    ({"dtype": "float8"}, TypeError, DTYPE + "'float8'"),
+    ({"dtype": 3}, TypeError, DTYPE + "3"),
+    ({"dtype": complex}, ValueError, DTYPE + "<class 'complex'>"),
+    # device
+    ({"device": "gpu"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'gpu\''),
+    ({"device": "cuda:-1"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'cuda:-1\''),
+    ({"device": "cuda:"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'cuda:\''),
+    ({"device": "cpu:0"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'cpu:0\''),
+    (
+        {"device": 0},
+        TypeError,
+        'device must be None, "cpu", "cuda", "cuda:N" or a cupy.cuda.Device, got 0',
+    ),
+    # axes
+    ({"in_axis": 2}, ValueError, "in_axis " + AXES + "2"),
+    ({"out_axis": -3}, ValueError, "out_axis " + AXES + "-3"),
+    ({"batch_axis": (0, 5)}, ValueError, "batch_axis " + AXES + "(0, 5)"),
+    ({"in_axis": 0.5}, TypeError, "in_axis " + AXES + "0.5"),
+    ({"in_axis": "0"}, TypeError, "in_axis " + AXES + "'0'"),
+    ({"in_axis": True}, TypeError, "in_axis " + AXES + "True"),
+    (
+        {"in_axis": 1},
+        ValueError,
+        "in_axis, out_axis and batch_axis must not name an axis twice, got 1, -1 and () for shape (4, 6)",
+    ),
+    # index
+    ({"index": 4}, ValueError, "index must lie inside the shape (4, 6), got 4"),
+    ({"index": (0, -7)}, ValueError, "index must lie inside the shape (4, 6), got (0, -7)"),
+    (
+        {"index": np.s_[::2]},
+        ValueError,
+        "index must hold slices of step 1, got slice(None, None, 2)",
+    ),
+    ({"index": np.s_[::-1]}, ValueError, "index must hold slices of step 1, got "),
+    ({"index": np.s_[::0]}, ValueError, "index must hold slices of step 1, got "),
+    ({"index": np.s_[0.5:]}, TypeError, INDEX + "slice(0.5, None, None)"),
+    ({"index": (None,)}, TypeError, INDEX + "(None,)"),
+    ({"index": (True, 0)}, TypeError, INDEX + "(True, 0)"),
+    ({"index": 1.0}, TypeError, INDEX + "1.0"),
+    ({"index": [0, 1]}, TypeError, INDEX + "[0, 1]"),
+    ({"index": np.array([0, 1])}, TypeError, INDEX + "array([0, 1])"),
+    ({"index": (..., 0, ...)}, ValueError, INDEX + "(Ellipsis, 0, Ellipsis)"),
+    (
+        {"index": (0, 0, 0)},
+        ValueError,
+        "index must have at most 2 entries for shape (4, 6), got (0, 0, 0)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keywords", "error", "message"), BAD)
+def test_bad_arguments_are_refused_with_nothing_written(device, keywords, error, message):
+    out = device.from_numpy(np.full((4, 6), 77, np.float32))
+    for extra in ({}, {"out": out}):
+        keywords = {"shape": (4, 6), "seed": 0, "device": device.name, **extra, **keywords}
+        with pytest.raises(error, match="^" + re.escape(message)):
+            gpuinit.he_normal(**keywords)
+    assert (device.numpy(out) == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gpuinit.truncated_normal(3, -0.1), ValueError, "stddev " + NUMBER + "-0.1"),
+        (lambda: gpuinit.truncated_normal(3, float("nan")), ValueError, "stddev " + NUMBER + "nan"),
+        (lambda: gpuinit.truncated_normal(3, "1"), TypeError, "stddev " + NUMBER + "'1'"),
+        (lambda: gpuinit.truncated_normal(3, None), TypeError, "stddev " + NUMBER + "None"),
+        (lambda: gpuinit.uniform(3, True), TypeError, "limit " + NUMBER + "True"),
+        (lambda: gpuinit.uniform(3, float("inf")), ValueError, "limit " + NUMBER + "inf"),
+        (lambda: gpuinit.uniform(3, 10**400), ValueError, "limit " + NUMBER + "1000"),
+        (lambda: gpuinit.uniform(3, 1j), TypeError, "limit " + NUMBER + "1j"),
+        (
+            lambda: gpuinit.uniform(3, 1e39),
+            ValueError,
+            "limit must leave the weights finite in float32, got limit 1e+39",
+        ),
+        (
+            lambda: gpuinit.truncated_normal(3, 40000.0, dtype="float16"),
+            ValueError,
+            "stddev must leave the weights finite in float16, got stddev 40000.0",
+        ),
+        (
+            lambda: gpuinit.variance_scaling(3, 0.0),
+            ValueError,
+            "scale must be a finite number > 0, got 0.0",
+        ),
+        (lambda: gpuinit.variance_scaling(3, -1), ValueError, "scale " + NUMBER + "-1"),
+        (
+            lambda: gpuinit.variance_scaling(3, 1, "fan_sum"),
+            ValueError,
+            "mode must be one of fan_in, fan_out, fan_avg, got 'fan_sum'",
+        ),
+        (
+            lambda: gpuinit.variance_scaling(3, 1, "fan_in", "normal"),
+            ValueError,
+            "distribution must be one of truncated_normal, uniform, got 'normal'",
+        ),
+        (
+            lambda: gpuinit.variance_scaling(3, 1, "fan_in", ["uniform"]),
+            ValueError,
+            "distribution must be one of truncated_normal, uniform, got ['uniform']",
+        ),
+    ],
+)
+def test_bad_widths_are_refused(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()
+
+
+def test_what_should_be_accepted_is(device):
+    first = device.numpy(gpuinit.he_normal((4, 6), seed=3, device=device.name))
+    for keywords in (
+        {"shape": [4, 6]},
+        {"shape": (np.int32(4), np.uint8(6))},
+        {"shape": np.array([4, 6])},
+        {"seed": np.uint64(3)},
+        {"seed": np.array(3)},
+        {"dtype": np.float32},
+        {"dtype": np.dtype("float32")},
+        {"dtype": "f4"},
+        {"index": ...},
+        {"index": ()},
+        {"index": np.s_[:, :]},
+        {"index": np.s_[0:99, -99:99]},
+        {"in_axis": (-2,), "out_axis": [1]},
+    ):
+        keywords = {"shape": (4, 6), "seed": 3, "device": device.name, **keywords}
+        assert device.numpy(gpuinit.he_normal(**keywords)).tobytes() == first.tobytes()
+    bfloat16 = gpuinit.he_normal((4, 6), dtype=ml_dtypes.bfloat16, device=device.name)
+    assert bfloat16.dtype == ml_dtypes.bfloat16
+    assert device.numpy(gpuinit.he_normal(np.array(5), seed=3, device=device.name)).shape == (5,)
+
+
+def test_no_seed_is_a_fresh_one(device):
+    first, second = (device.numpy(gpuinit.he_normal(8, device=device.name)) for _ in range(2))
+    assert first.tobytes() != second.tobytes()
+
+
+def test_too_much_memory_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        gpuinit.he_normal(2**60, device="cpu")
+
+
+# out
+
+
+def test_out_is_filled_and_returned(device):
+    for shape in [(4, 6), (), (0, 6)]:
+        for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+            out = device.from_numpy(np.full(shape, 77, dtype))
+            assert gpuinit.he_normal(shape, seed=1, out=out) is out
+            expected = gpuinit.he_normal(shape, seed=1, dtype=dtype, device="cpu")
+            assert device.numpy(out).tobytes() == expected.tobytes()
+
+
+def test_out_that_does_not_suit_is_refused(device):
+    def ones(shape, dtype=np.float32):
+        return device.from_numpy(np.ones(shape, dtype))
+
+    wide = ones((4, 7))
+    cases = [
+        (ones((4, 5)), {}, ValueError, "out must have shape (4, 6), got (4, 5)"),
+        (ones((4, 6)), {"index": 0}, ValueError, "out must have shape (6,), got (4, 6)"),
+        (ones((4, 6), np.int32), {}, ValueError, "out must have dtype float32, float16, bfloat16, "),
+        (
+            ones((4, 6)),
+            {"dtype": "float64"},
+            ValueError,
+            "out must have dtype float64, as asked, got float32",
+        ),
+        (wide[:, :6], {}, ValueError, "out must be C-contiguous, got an array with gaps or in another"),
+        (
+            device.from_numpy(np.ones((6, 4), np.float32)).T,
+            {},
+            ValueError,
+            "out must be C-contiguous, got an array with gaps or in another order",
+        ),
+        ([1.0, 2.0], {}, TypeError, "out must be a NumPy or CuPy array, or offer "),
+    ]
+    for out, keywords, error, message in cases:
+        with pytest.raises(error, match="^" + re.escape(message)):
+            gpuinit.he_normal((4, 6), seed=0, out=out, **keywords)
+        if not isinstance(out, list):
+            assert (device.numpy(out).astype(np.float64) == 1).all()
+    assert (device.numpy(wide) == 1).all()
+
+
+def test_out_may_offer_the_buffer_protocol():
+    expected = gpuinit.he_normal(6, seed=1, device="cpu")
+    plain = array.array("f", [0] * 6)
+    assert gpuinit.he_normal(6, seed=1, out=plain) is plain
+    assert plain.tobytes() == expected.tobytes()
+    view = memoryview(bytearray(24)).cast("f")
+    gpuinit.he_normal(6, seed=1, out=view)
+    assert view.tobytes() == expected.tobytes()
+
+
+def test_out_may_offer_dlpack():
+    class Tensor:
+        def __init__(self):
+            self.array = np.zeros(6, np.float32)
+
+        def __dlpack__(self, **keywords):
+            return self.array.__dlpack__(**keywords)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    tensor = Tensor()
+    assert gpuinit.he_normal(6, seed=1, out=tensor) is tensor
+    assert tensor.array.tobytes() == gpuinit.he_normal(6, seed=1, device="cpu").tobytes()
+
+
+def test_out_of_swapped_bytes_is_refused():
+    with pytest.raises(ValueError, match=r"^out must have dtype float32, .*, got >f4$"):
+        gpuinit.he_normal(1, seed=0, out=np.zeros(1, ">f4"))
+
+
+def test_read_only_out_is_refused():
+    for out in (np.broadcast_to(np.float32(1), (1,)), bytes(4)):
+        if isinstance(out, bytes):
+            out = memoryview(out).cast("f")
+        with pytest.raises(ValueError, match=r"^out must be writable, got a read-only array$"):
+            gpuinit.he_normal(1, seed=0, out=out)

@@ -1,0 +1,101 @@
+"""The NumPy backend: its threads, and its memory."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import gpuinit
+from gpuinit import quantile
+from gpuinit.backends import cpu
+from gpuinit.stream import Run
+
+MOST_BEYOND_OUT = 16 * 2**20
+
+
+def peak_beyond(out: np.ndarray, runs: list[Run]) -> int:
+    """The most memory that filling out takes at any time, beside out itself."""
+    tracemalloc.start()
+    try:
+        cpu.fill(out, runs, 1, 2, quantile.TRUNCATED_NORMAL, 1.0)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_memory_beyond_the_output_is_bounded(monkeypatch, threads, dtype):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", str(threads))
+    out = np.empty(2**25, dtype)
+    assert peak_beyond(out, [Run(0, out.size, 1, 0)]) < MOST_BEYOND_OUT
+    assert peak_beyond(out, [Run(3, 2**10, 2**15, 2**20 + 1)]) < MOST_BEYOND_OUT
+    assert peak_beyond(out[: 2**20], [Run(3, 1, 2**20, 7)]) < MOST_BEYOND_OUT
+
+
+def test_a_temporary_of_the_outputs_size_is_seen(monkeypatch):
+    """The control."""
+    fill = cpu.fill
+
+    def wasteful(out, *arguments):
+        copy = out.copy()
+        fill(copy, *arguments)
+        out[:] = copy
+
+    monkeypatch.setattr(cpu, "fill", wasteful)
+    out = np.empty(2**24, np.float32)
+    assert peak_beyond(out, [Run(0, out.size, 1, 0)]) > MOST_BEYOND_OUT
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "", "1.5"])
+def test_a_bad_number_of_threads_is_an_error(monkeypatch, setting):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", setting)
+    out = np.full(8, 77, np.float32)
+    with pytest.raises(ValueError, match=rf"^GPUINIT_NUM_THREADS must be an integer >= 1, got '{setting}'$"):
+        gpuinit.he_normal(8, out=out)
+    assert (out == 77).all()
+
+
+def test_the_number_of_threads_is_obeyed(monkeypatch):
+    running = set()
+    fill_tile = cpu.fill_tile
+
+    def spy(*arguments):
+        running.add(threading.get_ident())
+        return fill_tile(*arguments)
+
+    monkeypatch.setattr(cpu, "fill_tile", spy)
+    for threads in (1, 3):
+        running.clear()
+        monkeypatch.setenv("GPUINIT_NUM_THREADS", str(threads))
+        gpuinit.he_normal((2048, 2048), seed=1, device="cpu")
+        assert 1 <= len(running) <= threads
+        assert (threading.get_ident() in running) == (threads == 1)
+    running.clear()
+    gpuinit.he_normal((64, 64), device="cpu")  # too small to repay a thread
+    assert running == {threading.get_ident()}
+
+
+def test_an_error_in_a_thread_stops_the_others_and_is_raised(monkeypatch):
+    tiles = []
+
+    def fail(tile, *arguments):
+        tiles.append(tile)
+        raise MemoryError("no room")
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu, "fill_tile", fail)
+    monkeypatch.setattr(cpu, "BLOCKS_AMONG_THREADS", 16)
+    with pytest.raises(MemoryError, match="no room"):
+        gpuinit.he_normal((2048, 2048), device="cpu")
+    assert len(tiles) <= 2
+
+
+def test_numpy_error_settings_of_the_caller_do_not_matter():
+    with np.errstate(all="raise"):
+        w = gpuinit.uniform(1000, 1e-44, seed=1, device="cpu")
+        gpuinit.uniform(1000, 1e-9, seed=1, dtype="float16", device="cpu")
+    assert w.tobytes() == gpuinit.uniform(1000, 1e-44, seed=1, device="cpu").tobytes()

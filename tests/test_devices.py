@@ -1,0 +1,358 @@
+"""Which device is used, and the fallback where CUDA cannot be."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import types
+import warnings
+
+import cuda_sim
+import numpy as np
+import pytest
+from conftest import forget
+
+import gpuinit
+from gpuinit import devices
+from gpuinit.backends import cpu, cuda
+
+EXPECTED = gpuinit.he_normal((5, 7), seed=1, device="cpu").tobytes()
+
+
+def test_the_backends_have_the_same_functions():
+    for name in ("empty", "fill"):
+        signatures = [
+            [(p.name, p.default, p.kind) for p in inspect.signature(getattr(b, name)).parameters.values()]
+            for b in (cpu, cuda)
+        ]
+        assert signatures[0] == signatures[1]
+
+
+# Choosing among usable devices
+
+
+def test_the_default_device_is_cuda_where_it_can_be_used(cupy_sim):
+    w = gpuinit.he_normal((5, 7), seed=1)
+    assert isinstance(w, cupy_sim.ndarray)
+    assert w.get().tobytes() == EXPECTED
+    assert isinstance(gpuinit.he_normal((5, 7), device="cpu"), np.ndarray)
+
+
+def test_a_numbered_device_is_used_and_the_current_one_kept(cupy_sim):
+    for device in ("cuda:1", cupy_sim.cuda.Device(1)):
+        w = gpuinit.he_normal((5, 7), seed=1, device=device)
+        assert w.device.id == 1
+        assert w.get().tobytes() == EXPECTED
+        assert cupy_sim.current == [0]
+    with cupy_sim.cuda.Device(1):
+        assert gpuinit.he_normal(3, device="cuda").device.id == 1
+        assert gpuinit.he_normal(3).device.id == 1
+        assert gpuinit.he_normal(3, device="cuda:0").device.id == 0
+
+
+def test_the_current_device_is_kept_after_an_error(cupy_sim, monkeypatch):
+    monkeypatch.setattr(cuda, "launch_shape", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpuinit.he_normal(3, device="cuda:1")
+    assert cupy_sim.current == [0]
+
+
+def test_a_device_that_is_not_there_is_an_error(cupy_sim):
+    with pytest.raises(ValueError, match=r"^device must be one of cuda:0 to cuda:1, got 'cuda:7'$"):
+        gpuinit.he_normal(3, device="cuda:7")
+
+
+def test_out_decides_the_device(cupy_sim):
+    host, first = np.ones((5, 7), np.float32), cupy_sim.empty((5, 7), np.float32)
+    with cupy_sim.cuda.Device(1):
+        second = cupy_sim.empty((5, 7), np.float32)
+    for out in (first, second):
+        assert gpuinit.he_normal((5, 7), seed=1, out=out) is out
+        assert gpuinit.he_normal((5, 7), seed=1, out=out, device="cuda") is out
+        assert out.get().tobytes() == EXPECTED
+    for out, device, place in (
+        (host, "cuda", "cpu"),
+        (host, "cuda:0", "cpu"),
+        (first, "cpu", "cuda:0"),
+        (first, "cuda:1", "cuda:0"),
+        (second, "cuda:0", "cuda:1"),
+    ):
+        message = rf"^out must be on '{device}', as asked, got an array on {place}$"
+        with pytest.raises(ValueError, match=message):
+            gpuinit.he_normal((5, 7), out=out, device=device)
+    assert (host == 1).all()
+
+
+class Offers:
+    """An array of another library on a device."""
+
+    def __init__(self, array: cuda_sim.ndarray) -> None:
+        self.host, self.device = array.host, array.device
+
+
+class OffersInterface(Offers):
+    @property
+    def __cuda_array_interface__(self):
+        return cuda_sim.ndarray(self.host, self.device).__cuda_array_interface__
+
+
+class OffersDlpack(Offers):
+    def __dlpack__(self, **keywords):
+        raise AssertionError("the stand-in reads the array itself")
+
+    def __dlpack_device__(self):
+        return 2, self.device.id
+
+
+@pytest.mark.parametrize("offers", [OffersInterface, OffersDlpack])
+def test_out_may_be_of_another_library_on_a_device(cupy_sim, offers):
+    out = offers(cupy_sim.empty((5, 7), np.float32))
+    assert gpuinit.he_normal((5, 7), seed=1, out=out) is out
+    assert out.host.tobytes() == EXPECTED
+
+
+def test_the_stand_in_refuses_what_cupy_would_misread(cupy_sim):
+    """The controls for what the other tests rely on."""
+    out = cupy_sim.empty(8, np.float32)
+    good = [out, *map(np.uint64, (0, 8, 1, 0, 0, 0)), np.uint32(1), np.float32(1)]
+    kernel = cuda.kernel("float32")
+    kernel((1, 1), (2, 1), tuple(good))
+    for position, wrong in [(1, 0), (1, np.int64(0)), (7, np.uint64(1)), (8, 1.0), (8, np.float64(1))]:
+        bad = [*good[:position], wrong, *good[position + 1 :]]
+        with pytest.raises(TypeError, match=f"argument {position} must be"):
+            kernel((1, 1), (2, 1), tuple(bad))
+    with pytest.raises(TypeError, match="takes 9 arguments, got 8"):
+        kernel((1, 1), (2, 1), tuple(good[:-1]))
+    with pytest.raises(ValueError, match="launch bounds"):
+        kernel((1, 1), (512, 1), tuple(good))
+    with cupy_sim.cuda.Device(1), pytest.raises(ValueError, match="not on the current device"):
+        kernel((1, 1), (2, 1), tuple(good))
+
+
+def test_no_launch_for_no_elements(cupy_sim, monkeypatch):
+    monkeypatch.setattr(cuda, "launch_shape", lambda *_: pytest.fail("launched"))
+    for shape in [(0,), (0, 4096), (4096, 0)]:
+        assert gpuinit.he_normal(shape, device="cuda").shape == shape
+    assert gpuinit.he_normal((4, 6), index=np.s_[2:2], device="cuda").shape == (0, 6)
+
+
+def test_first_calls_from_many_threads_agree(cupy_sim):
+    results = []
+    barrier = threading.Barrier(16)
+
+    def work():
+        barrier.wait()
+        results.append(gpuinit.he_normal((5, 7), seed=1, device="cuda").get().tobytes())
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [EXPECTED] * 16
+
+
+# The fallback
+
+
+class NoCupy:
+    """A finder that gives an error for `import cupy`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "cupy":
+            raise self.error
+
+
+def broken_import(error):
+    def arrange(monkeypatch):
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [NoCupy(error), *sys.meta_path])
+
+    return arrange
+
+
+def broken_runtime(status, driver=0):
+    def fail():
+        raise cuda_sim.CUDARuntimeError(status)
+
+    def arrange(monkeypatch):
+        runtime = types.SimpleNamespace(
+            CUDARuntimeError=cuda_sim.CUDARuntimeError,
+            getDeviceCount=fail,
+            driverGetVersion=lambda: driver,
+        )
+        cupy = types.SimpleNamespace(
+            cuda=types.SimpleNamespace(runtime=runtime, Device=cuda_sim.Device), ndarray=cuda_sim.ndarray
+        )
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    return arrange
+
+
+def broken_compiler(error):
+    def fail(self):
+        raise error
+
+    def arrange(monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", cuda_sim)
+        monkeypatch.setattr(cuda_sim.RawKernel, "compile", fail)
+
+    return arrange
+
+
+CAUSES = {
+    "no CuPy": (
+        broken_import(ModuleNotFoundError("No module named 'cupy'", name="cupy")),
+        r"CuPy is not installed\. To install it: pip install \"gpuinit\[cuda12\]\"",
+    ),
+    "a CuPy that lacks a part": (
+        broken_import(ImportError("libcudart.so.12: cannot open", name="cupy_backends")),
+        r"importing CuPy failed \(ImportError: libcudart.so.12: cannot open\)\. To reinstall it: pip",
+    ),
+    "a cache directory that cannot be made": (
+        broken_import(PermissionError(13, "Permission denied", "/sys/nope")),
+        r"importing CuPy failed \(PermissionError: .*/sys/nope'\)\. Set CUPY_CACHE_DIR to a directory",
+    ),
+    "a CuPy that fails in its own way": (
+        broken_import(RuntimeError("odd")),
+        r"importing CuPy failed \(RuntimeError: odd\)\. To reinstall it: pip",
+    ),
+    "no driver": (
+        broken_runtime(35),
+        r"there is no NVIDIA driver\. Install one, or run the container with --gpus all",
+    ),
+    "an old driver": (
+        broken_runtime(35, 11020),
+        r"the NVIDIA driver supports CUDA 11\.2 only, too old for this CuPy\. Update the driver",
+    ),
+    "no device": (broken_runtime(100), r"there is no CUDA device\. Check nvidia-smi"),
+    "a forked process": (broken_runtime(3), r'CUDA does not start\..* use the "spawn" start method'),
+    "another error": (broken_runtime(999), r"CUDA does not start \(CUDARuntimeError: cudaError 999\)"),
+    "no headers": (
+        broken_compiler(RuntimeError("Failed to find CUDA headers. Install cupy-cuda12x[ctk]")),
+        r"CUDA's compiler or headers are missing \(RuntimeError: .*\)\. To install: pip install",
+    ),
+    "no compiler": (
+        broken_compiler(RuntimeError("CuPy failed to load libnvrtc.so.12")),
+        r"CUDA's compiler or headers are missing \(RuntimeError: .*\)\. To install: pip install",
+    ),
+    "a kernel cache that cannot be written": (
+        broken_compiler(PermissionError(13, "Permission denied", "/ro/cache")),
+        r"the kernel cannot be cached \(PermissionError: .*\)\. Set CUPY_CACHE_DIR to a directory",
+    ),
+    "a device that the compiler does not know": (
+        broken_compiler(RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")),
+        r"the kernel does not compile or load \(RuntimeError: CUDA_ERROR_NO_BINARY_FOR_GPU\)",
+    ),
+}
+
+
+@pytest.fixture(params=CAUSES)
+def broken(request, monkeypatch):
+    """CUDA broken in one way; gives the pattern of the message."""
+    arrange, pattern = CAUSES[request.param]
+    with monkeypatch.context() as patch:
+        arrange(patch)
+        forget()
+        yield f"^CUDA cannot be used, so the same weights are made on the CPU: {pattern}"
+    forget()
+
+
+def test_cuda_falls_back_to_the_same_weights_with_one_warning(broken):
+    with pytest.warns(gpuinit.FallbackWarning, match=broken) as caught:
+        made = [gpuinit.he_normal((5, 7), seed=1, device=d) for d in ("cuda", "cuda", "cuda:7")]
+    assert [type(w) for w in made] == [np.ndarray] * 3
+    assert [w.tobytes() for w in made] == [EXPECTED] * 3
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # the caller's line, not ours
+
+
+def test_the_fallback_as_an_error_is_one_every_time(broken):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gpuinit.FallbackWarning)
+        for _ in range(2):
+            with pytest.raises(gpuinit.FallbackWarning, match=broken):
+                gpuinit.he_normal((5, 7), seed=1, device="cuda")
+
+
+def test_no_device_asked_for_is_no_warning(broken):
+    assert gpuinit.he_normal((5, 7), seed=1).tobytes() == EXPECTED
+    assert gpuinit.he_normal((5, 7), seed=1, device="cpu").tobytes() == EXPECTED
+
+
+def test_out_on_a_device_that_cannot_be_used_is_an_error(broken):
+    out = OffersInterface(cuda_sim.ndarray(np.ones((5, 7), np.float32)))
+    with pytest.raises(RuntimeError, match=r"^out is on a CUDA device, but CUDA cannot be used: "):
+        gpuinit.he_normal((5, 7), out=out)
+    assert (out.host == 1).all()
+
+
+def test_a_forked_child_looks_for_cuda_anew(cupy_sim, monkeypatch):
+    assert devices.cuda_problem() is None
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setattr(cupy_sim.runtime, "getDeviceCount", lambda: 0)
+    assert "there is no CUDA device" in devices.cuda_problem()
+
+
+def fill_in_child(queue):
+    queue.put(gpuinit.he_normal((700, 700), seed=2, device="cpu").tobytes())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_fill_on_the_cpu(method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    expected = gpuinit.he_normal((700, 700), seed=2, device="cpu").tobytes()
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=fill_in_child, args=(queue,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
+        child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+# With the real CuPy, in a process of its own
+
+CALL = """
+import sys, warnings
+import gpuinit
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    w = gpuinit.he_normal((5, 7), seed=1, device="cuda")
+print(type(w).__module__, *[str(warning.message) for warning in caught], sep="|")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
+def test_the_real_cupy_with_a_cache_directory_that_cannot_be_made():
+    for variable in ({"CUPY_CACHE_DIR": "/dev/null/x"}, {"CUPY_CACHE_DIR": "", "HOME": "/dev/null/x"}):
+        answer = run(CALL, **variable)
+        assert "numpy|CUDA cannot be used" in answer
+        assert "Set CUPY_CACHE_DIR to a directory that can be written" in answer
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
+def test_the_real_cupy_without_a_visible_device():
+    answer = run(CALL, CUDA_VISIBLE_DEVICES="")
+    assert "there is no NVIDIA driver" in answer or "there is no CUDA device" in answer

@@ -1,0 +1,96 @@
+"""Fans, and the width of the distribution that follows from them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from mpmath import mp
+
+import gpuinit
+from gpuinit.fans import TRUNCATED_STD, fans, parent_std, uniform_limit
+
+
+def test_the_standard_deviation_of_the_truncated_normal():
+    with mp.workdps(30):
+        exact = mp.sqrt(1 - 4 * mp.npdf(2) / (2 * mp.ncdf(2) - 1))
+        assert float(exact) == TRUNCATED_STD == 0.87962566103423978  # as Keras and JAX write it
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), (1, 1)),
+        ((7,), (7, 7)),
+        ((100, 64), (100, 64)),  # Dense
+        ((5, 10, 20), (50, 100)),  # Conv1D
+        ((3, 3, 16, 32), (144, 288)),  # Conv2D
+        ((3, 4, 5, 6, 7), (360, 420)),  # Conv3D
+        ((0, 5), (0, 5)),
+    ],
+)
+def test_default_axes_give_the_fans_of_keras(shape, expected):
+    assert fans(shape, -2, -1, ()) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((64, 100), (1, 0, ()), (100, 64)),  # torch Linear, (out, in)
+        ((32, 16, 3, 3), (1, 0, ()), (144, 288)),  # torch Conv2d
+        ((8, 100, 64), (-2, -1, 0), (100, 64)),  # eight stacked experts
+        ((8, 100, 64), (1, 2, ()), (800, 512)),
+        ((512, 8, 64), (0, (1, 2), ()), (512, 512)),  # attention projection, heads of the output
+        ((8, 64, 512), ((0, 1), -1, ()), (512, 512)),
+        ((3, 3, 256, 1), ((), 3, 2), (9, 9)),  # depthwise
+        ((9,), (0, (), ()), (9, 1)),
+        ((9,), ((), (), 0), (1, 1)),
+        ((9,), (np.int64(0), [], ()), (9, 1)),
+    ],
+)
+def test_axes_can_be_named(shape, axes, expected):
+    assert fans(shape, *axes) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "std"),
+    [
+        ("he_normal", math.sqrt(2 / 300)),
+        ("he_uniform", math.sqrt(2 / 300)),
+        ("glorot_normal", math.sqrt(2 / 1100)),
+        ("glorot_uniform", math.sqrt(2 / 1100)),
+        ("lecun_normal", math.sqrt(1 / 300)),
+        ("lecun_uniform", math.sqrt(1 / 300)),
+    ],
+)
+def test_the_family_has_its_standard_deviations(function, std):
+    """Within six standard errors of the variance; the kurtosis is 2.37 or 1.8, so 2.37 bounds both."""
+    w = getattr(gpuinit, function)((300, 800), seed=1, device="cpu").astype(np.float64)
+    error = math.sqrt((2.3656 - 1) / w.size)
+    assert abs(np.mean(w**2) / std**2 - 1) < 6 * error
+    limit = math.sqrt(3) * std if "uniform" in function else 2 * std / TRUNCATED_STD
+    assert 0.999 * limit < np.abs(w).max() <= limit * (1 + 1e-6)
+
+
+def test_a_fan_below_one_counts_as_one():
+    assert parent_std(2, 0) == parent_std(2, 1) == math.sqrt(2) / TRUNCATED_STD
+    assert uniform_limit(2, 0.5) == math.sqrt(6)
+
+
+def test_modes_and_scale():
+    for mode, fan in (("fan_in", 200), ("fan_out", 500), ("fan_avg", 350)):
+        w = gpuinit.variance_scaling((200, 500), 3.0, mode, "uniform", seed=2, device="cpu")
+        assert np.abs(w).max() == pytest.approx(math.sqrt(9 / fan), rel=1e-3)
+
+
+def test_he_normal_of_a_transposed_kernel_has_its_own_fans():
+    w = gpuinit.he_normal((50, 2000), in_axis=1, out_axis=0, seed=3, device="cpu")
+    bound = 2 * math.sqrt(2 / 2000) / TRUNCATED_STD
+    assert 0.999 * bound < np.abs(w).max() <= bound * (1 + 1e-6)
+
+
+def test_truncated_normal_takes_the_standard_deviation_before_truncation():
+    w = gpuinit.truncated_normal(10**6, 0.1, seed=4, device="cpu").astype(np.float64)
+    assert abs(np.mean(w**2) / (0.1 * TRUNCATED_STD) ** 2 - 1) < 6 * math.sqrt(1.3656 / 10**6)
+    assert np.abs(w).max() <= np.float32(0.2)

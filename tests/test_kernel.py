@@ -1,0 +1,114 @@
+"""The kernel's source: NVRTC compiles it for every architecture, and nothing in it can be fused."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import host_build
+import numpy as np
+import pytest
+
+from gpuinit.backends import cuda
+
+ARCHITECTURES = (75, 80, 90, 100, 120)
+
+needs_nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="CuPy, which brings NVRTC's bindings, is not installed"
+)
+
+
+def cupy_options(architecture: int, *, headers: bool = True) -> tuple[str, ...]:
+    """The options that CuPy gives to NVRTC for a RawKernel: the caller's, then its own."""
+    from cupy._core import core
+
+    options = (*cuda.OPTIONS, f"-arch=sm_{architecture}")
+    if headers:
+        options = tuple(core.assemble_cupy_compiler_options(options))
+    return (*options, "-ftz=true")
+
+
+def compile_to_ptx(source: str, options: tuple[str, ...]) -> str:
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source, "fill.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, options)
+        assert nvrtc.getProgramLog(program).strip("\0\n ") == ""  # not even a warning
+        assert len(nvrtc.getCUBIN(program)) > 1000
+        ptx = nvrtc.getPTX(program)
+        return ptx if isinstance(ptx, str) else ptx.decode()
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("headers", [True, False], ids=["as CuPy", "no include path"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(architecture, headers):
+    ptx = compile_to_ptx(cuda.source(), cupy_options(architecture, headers=headers))
+    for name in ("float32", "float16", "bfloat16", "float64"):
+        assert f".entry fill_{name}(" in ptx
+    assert faults(ptx) == []
+    assert "st.global.v4" in ptx
+
+
+def faults(ptx: str) -> list[str]:
+    """Fused, approximate or contractible float operations: PTX fuses a mul or add that has no rounding."""
+    found = re.findall(r"\bfma\.\S+|\S+\.approx\S*", ptx)
+    return found + re.findall(r"\b(?:mul|add|sub|div)(?:\.ftz|\.sat)*\.f(?:32|64)\b", ptx)
+
+
+@needs_nvrtc
+def test_a_plain_product_and_sum_are_seen():
+    """The control: without the intrinsics the operations could fuse, with contraction they do."""
+    plain = cuda.source().replace("__fmul_rn(a, b)", "a * b").replace("__fadd_rn(a, b)", "a + b")
+    assert plain != cuda.source()
+    fused = tuple(option for option in cupy_options(90) if "fmad" not in option)
+    assert any(fault.startswith("fma") for fault in faults(compile_to_ptx(plain, fused)))
+    divided = cuda.source().replace("__frcp_rn(", "__fdividef(1.0f, ")
+    assert any(".approx" in fault for fault in faults(compile_to_ptx(divided, cupy_options(90))))
+
+
+def run_on_host(library, n: int = 2**16) -> bytes:
+    out = np.zeros(n, np.float32)
+    import ctypes
+
+    arguments = [ctypes.c_void_p(out.ctypes.data)]
+    arguments += [ctypes.c_uint64(x) for x in (0, n, 1, 0, 7, 0)]
+    arguments += [ctypes.c_uint32(1), ctypes.c_float(1.0)]
+    host_build.launch(library, "fill_float32", (3,), (64,), arguments)
+    return out.tobytes()
+
+
+@pytest.mark.skipif(host_build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(not host_build.FUSING, reason="only x86-64 hosts are told to fuse")
+def test_contraction_changes_the_bits_and_is_off_in_the_host_build():
+    """The control of the host layer: were contraction on, more than a third of the weights would differ."""
+    off = run_on_host(host_build.build(cuda.source()))
+    on = run_on_host(host_build.build(cuda.source(), host_build.CONTRACTION_ON))
+    different = np.frombuffer(off, np.uint32) != np.frombuffer(on, np.uint32)
+    assert different.mean() > 1 / 3
+
+
+def test_the_launch_fits_the_kernels_bounds():
+    bounds = re.search(r"#define BLOCK_SIZE (\d+)", cuda.source())
+    assert int(bounds[1]) == cuda.THREADS_PER_BLOCK
+    assert cuda.source().count("__launch_bounds__(BLOCK_SIZE)") == 4
+
+
+def test_the_launch_shape_is_one_that_devices_take():
+    from gpuinit.stream import Run
+
+    for length in (1, 5, 1000, 2**20, 2**40):
+        for rows in (1, 2, 1000, 2**20, 2**40):
+            for lanes in (2, 4, 8):
+                grid, block = cuda.launch_shape(Run(3, length, rows, length), lanes, 132 * 8)
+                assert block[0] * block[1] == cuda.THREADS_PER_BLOCK
+                assert 1 <= grid[0] < 2**31
+                assert 1 <= grid[1] <= 65535
+                assert grid[0] * grid[1] <= 2 * 132 * 8
+
+
+def test_the_kernel_needs_no_header():
+    assert "#include" not in cuda.source()

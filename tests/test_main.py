@@ -1,0 +1,91 @@
+"""`python -m gpuinit`: the main job from the shell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import gpuinit
+from gpuinit.__main__ import main
+
+KEYS = "device engine shape dtype seed seconds mean std kurtosis min max expected_std bound sha256"
+
+
+def report(capsys, *arguments: str) -> dict:
+    main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_describes_the_array_that_the_library_makes(device, capsys):
+    found = report(
+        capsys, "--shape", "300", "200", "--dtype", "bfloat16", "--seed", "7", "--device", device.name
+    )
+    assert sorted(found) == sorted(KEYS.split())
+    w = gpuinit.he_normal((300, 200), seed=7, dtype="bfloat16", device="cpu")
+    wide = w.astype(np.float64)
+    assert found["sha256"] == hashlib.sha256(w.tobytes()).hexdigest()
+    assert found["shape"] == [300, 200]
+    assert (found["dtype"], found["seed"]) == ("bfloat16", 7)
+    assert found["device"].startswith(device.name)
+    assert found["mean"] == pytest.approx(wide.mean(), abs=1e-12)
+    assert found["std"] == pytest.approx(wide.std(), rel=1e-12)
+    assert found["kurtosis"] == pytest.approx(((wide - wide.mean()) ** 4).mean() / wide.std() ** 4)
+    assert (found["min"], found["max"]) == (wide.min(), wide.max())
+    assert found["expected_std"] == math.sqrt(2 / 300)
+    exact_bound = np.float32(2 * math.sqrt(2 / 300) / 0.87962566103423976)
+    assert found["bound"] == float(exact_bound.astype(ml_dtypes.bfloat16))
+    assert found["seconds"] > 0
+
+
+def test_the_default_is_the_issues_array_and_is_right(capsys):
+    found = report(capsys, "--device", "cpu")
+    assert (found["shape"], found["dtype"], found["seed"]) == ([4096, 4096], "float32", 0)
+    n = 2**24
+    assert abs(found["mean"]) < 6 * found["expected_std"] / math.sqrt(n)
+    assert abs(found["std"] / found["expected_std"] - 1) < 6 * math.sqrt(1.3656 / 4 / n)
+    assert abs(found["kurtosis"] - 2.3655367) < 0.005
+    assert max(-found["min"], found["max"]) <= found["bound"]
+
+
+def test_the_table_says_the_same_in_80_columns(device, capsys):
+    arguments = ["--shape", "64", "65", "--seed", "3", "--device", device.name]
+    found = report(capsys, *arguments)
+    main(arguments)
+    table = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in table.splitlines())
+    rows = dict(re.findall(r"^  (\w+) +(.+)$", table, re.MULTILINE))
+    assert rows["sha256"] == found["sha256"]
+    assert rows["array"] == "he_normal (64, 65) float32, seed 3"
+    assert rows["std"].split() == [f"{found['std']:.8f}", f"{math.sqrt(2 / 64):.8f}"]
+    assert rows["max"].split() == [f"{found['max']:+.8f}", "<=", f"{found['bound']:+.8f}"]
+    assert re.fullmatch(r"\d+\.\d+ billion samples/s, \d+\.\d+ GB/s", rows["rate"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "-3"], "shape must be an integer or a sequence of integers >= 0, got (-3,)"),
+        (["--shape", "0"], "shape must have at least one element, got (0,)"),
+        (["--seed", "-1"], "seed must be None or an integer in [0, 2**64), got -1"),
+        (["--device", "gpu"], 'device must be None, "cpu", "cuda" or "cuda:N", got \'gpu\''),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--shape", "1152921504606846976"], "Unable to allocate"),
+    ],
+)
+def test_bad_options_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_weight_has_no_kurtosis(capsys):
+    assert report(capsys, "--shape", "1", "--device", "cpu")["kurtosis"] is None
+    main(["--shape", "1", "--device", "cpu"])
+    assert "kurtosis" in capsys.readouterr().out
