@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define __device__
+#define __constant__
 #define __global__
 #define __launch_bounds__(threads)
 
