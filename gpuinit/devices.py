@@ -56,6 +56,8 @@ def resolve(device: object) -> int | None:
 def parse_cuda_device(device: object) -> int | None:
     """The number of the CUDA device named, None for the current one."""
     if isinstance(device, str):
+        if device == "cuda":
+            return None
         match = re.fullmatch(r"cuda(?::(\d+))?", device, re.ASCII)
         if match:
             return None if match[1] is None else int(match[1])

@@ -20,10 +20,10 @@ DEFAULT_AXES = (-2, -1, ())
 
 def parse_axes(argument: str, axes: Axes, ndim: int) -> list[int]:
     """Axes as a list of ints in [0, ndim)."""
-    wanted = f"{argument} must be an axis or a sequence of axes in [-{ndim}, {ndim}), got {axes!r}"
+    wanted = f"{argument} must be an axis or a sequence of axes in [-{ndim}, {ndim})"
     parsed = as_integers(axes, wanted)
     if not all(-ndim <= axis < ndim for axis in parsed):
-        raise ValueError(wanted)
+        raise ValueError(f"{wanted}, got {axes!r}")
     return [axis % ndim for axis in parsed]
 
 
@@ -39,8 +39,12 @@ def fans(shape: tuple[int, ...], in_axis: Axes, out_axis: Axes, batch_axis: Axes
     (n,) fans n, as in Keras.
     """
     ndim = len(shape)
-    if ndim < 2 and (in_axis, out_axis, batch_axis) == DEFAULT_AXES:
-        return (shape[0], shape[0]) if shape else (1, 1)
+    axes = (in_axis, out_axis, batch_axis)
+    if tuple(map(type, axes)) == (int, int, tuple) and axes == DEFAULT_AXES:
+        if ndim < 2:
+            return (shape[0], shape[0]) if shape else (1, 1)
+        receptive_field = prod(shape[:-2])
+        return shape[-2] * receptive_field, shape[-1] * receptive_field
     inputs = parse_axes("in_axis", in_axis, ndim)
     outputs = parse_axes("out_axis", out_axis, ndim)
     batch = parse_axes("batch_axis", batch_axis, ndim)

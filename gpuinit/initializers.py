@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, SupportsFloat, SupportsIndex
 
 import ml_dtypes
@@ -446,7 +447,7 @@ def make(
         result = out
     if filled.size:
         backend.fill(
-            filled.reshape(-1),
+            filled,
             runs(shape, starts, lengths),
             key,
             stream,
@@ -457,24 +458,24 @@ def make(
 
 
 def parse_number(argument: str, value: SupportsFloat) -> float:
-    wanted = f"{argument} must be a finite number >= 0, got {value!r}"
+    wanted = f"{argument} must be a finite number >= 0"
     if isinstance(value, bool | np.bool_ | str | bytes):
-        raise TypeError(wanted)
+        raise TypeError(f"{wanted}, got {value!r}")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(wanted) from None
+        raise TypeError(f"{wanted}, got {value!r}") from None
     except OverflowError:
-        raise ValueError(wanted) from None
+        raise ValueError(f"{wanted}, got {value!r}") from None
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(wanted)
+        raise ValueError(f"{wanted}, got {value!r}")
     return number
 
 
 def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
-    wanted = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
+    wanted = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
     try:
         parsed = np.dtype(dtype)
     except TypeError:
@@ -484,6 +485,7 @@ def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
     return parsed
 
 
+@lru_cache(maxsize=256)  # tensors of one model share their widths, and np.errstate is slow
 def parse_limit(distribution: str, source: str, width: float, dtype: np.dtype) -> float:
     """The largest weight, in the arithmetic of the sample: float64 for float64, else float32."""
     kind = np.float64 if dtype == np.float64 else np.float32

@@ -25,33 +25,39 @@ class Run(NamedTuple):
     row_stride: int
 
 
-def as_integer(value: object, wanted: str) -> int:
-    """An integer of any library as an int; truth values and all else raise TypeError(wanted)."""
+def as_integer(value: object, wanted: str, got: object) -> int:
+    """An integer of any library as an int; truth values and all else raise a TypeError: wanted, got.
+
+    The message is put together only then: repr takes longer than the rest of a call.
+    """
+    if type(value) is int:
+        return value
     if type(value).__name__ in ("bool", "bool_"):
-        raise TypeError(wanted)
+        raise TypeError(f"{wanted}, got {got!r}")
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(wanted) from None
+        raise TypeError(f"{wanted}, got {got!r}") from None
 
 
 def as_integers(value: object, wanted: str) -> tuple[int, ...]:
-    """An integer, or a sequence of them, as a tuple of ints; all else raises TypeError(wanted)."""
-    if isinstance(value, str | bytes | dict | set):
-        raise TypeError(wanted)
-    if isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0:
-        return tuple(as_integer(item, wanted) for item in value)
-    return (as_integer(value, wanted),)
+    """An integer, or a sequence of them, as a tuple of ints; all else raises a TypeError: wanted, got."""
+    if type(value) is not tuple:
+        if isinstance(value, str | bytes | dict | set):
+            raise TypeError(f"{wanted}, got {value!r}")
+        if not (isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0):
+            return (as_integer(value, wanted, value),)
+    return tuple([as_integer(item, wanted, value) for item in value])
 
 
 def parse_seed(seed: SupportsIndex | None) -> int:
     """The Philox key: the seed itself, or 64 fresh bits from the system for None."""
     if seed is None:
         return int.from_bytes(os.urandom(8), "little")
-    wanted = f"seed must be None or an integer in [0, 2**64), got {seed!r}"
-    key = as_integer(seed, wanted)
+    wanted = "seed must be None or an integer in [0, 2**64)"
+    key = as_integer(seed, wanted, seed)
     if not 0 <= key < 2**64:
-        raise ValueError(wanted)
+        raise ValueError(f"{wanted}, got {seed!r}")
     return key
 
 
@@ -72,13 +78,13 @@ def parse_name(name: str | None) -> int:
 
 def parse_shape(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
     """The shape as a tuple of ints."""
-    wanted = f"shape must be an integer or a sequence of integers >= 0, got {shape!r}"
+    wanted = "shape must be an integer or a sequence of integers >= 0"
     parsed = as_integers(shape, wanted)
-    if any(length < 0 for length in parsed):
-        raise ValueError(wanted)
+    if min(parsed, default=0) < 0:
+        raise ValueError(f"{wanted}, got {shape!r}")
     if len(parsed) > MAX_AXES:
         raise ValueError(f"shape must have at most {MAX_AXES} axes, got {len(parsed)}")
-    if prod(max(length, 1) for length in parsed) > MAX_SIZE:
+    if prod(filter(None, parsed)) > MAX_SIZE:  # however many there are of axes of length 0
         raise ValueError(f"shape must have fewer than 2**63 elements, got {shape!r}")
     return parsed
 
@@ -90,10 +96,10 @@ def parse_index(
     if index is None:
         return (0,) * len(shape), shape, shape
     items = index if isinstance(index, tuple) else (index,)
-    wanted = f"index must hold integers, slices and at most one Ellipsis, got {index!r}"
+    wanted = "index must hold integers, slices and at most one Ellipsis"
     ellipses = sum(item is Ellipsis for item in items)
     if ellipses > 1:
-        raise ValueError(wanted)
+        raise ValueError(f"{wanted}, got {index!r}")
     if len(items) - ellipses > len(shape):
         raise ValueError(f"index must have at most {len(shape)} entries for shape {shape}, got {index!r}")
     whole = (slice(None),) * (len(shape) - len(items) + ellipses)
@@ -103,17 +109,17 @@ def parse_index(
     starts, lengths, part = [], [], []
     for item, length in zip(items, shape, strict=True):
         if isinstance(item, slice):
-            if item.step is not None and as_integer(item.step, wanted) != 1:
+            if item.step is not None and as_integer(item.step, wanted, index) != 1:
                 raise ValueError(f"index must hold slices of step 1, got {index!r}")
             try:
                 start, stop, _ = item.indices(length)
             except TypeError:
-                raise TypeError(wanted) from None
+                raise TypeError(f"{wanted}, got {index!r}") from None
             starts.append(start)
             lengths.append(max(stop - start, 0))
             part.append(lengths[-1])
         else:
-            position = as_integer(item, wanted)
+            position = as_integer(item, wanted, index)
             if not -length <= position < length:
                 raise ValueError(f"index must lie inside the shape {shape}, got {index!r}")
             starts.append(position % length)
@@ -128,6 +134,9 @@ def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ..
     are the elements and the rows of a run; the rest are walked here.
     """
     if 0 in lengths:
+        return
+    if lengths == shape:
+        yield Run(0, prod(shape), 1, 0)
         return
     joined: list[tuple[int, int]] = []  # (length, stride), innermost first
     offset, stride = 0, 1

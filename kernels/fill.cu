@@ -22,7 +22,7 @@
  * most BLOCK_SIZE threads. Any grid and any block give the same bits.
  *
  * Exactness. Every float operation is a separate IEEE round-to-nearest one in a fixed order, spelled as an
- * intrinsic, which no compiler fuses; compile with --fmad=false as well. CuPy adds -ftz=true, which cannot
+ * intrinsic, which no compiler fuses; compile with --fmad=false as well. Only `reciprocal` fuses, by name. CuPy adds -ftz=true, which cannot
  * matter inside the sampler (nothing there is subnormal but an exact 0) and is kept from the last product
  * by multiply_to_weight. No header is included: CuPy may find none.
  *
@@ -38,6 +38,8 @@ typedef unsigned int uint32;
 typedef unsigned short uint16;
 
 #define BLOCK_SIZE 256 /* gpuinit/backends/cuda.py launches this many threads a block */
+
+#define SPAN 0x8000000u /* blocks; see store_whole */
 
 #define UNIFORM 0
 #define TRUNCATED_NORMAL 1
@@ -61,28 +63,17 @@ typedef unsigned short uint16;
 #define Q2 4.831078f
 #define Q3 5.1258583f
 
-/* R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constant first (tools/fit_quantile.py). */
-#define P64_0 0.012972411312794016
-#define P64_1 0.44511913530726677
-#define P64_2 6.138307102239534
-#define P64_3 43.844162448203335
-#define P64_4 174.84171944281806
-#define P64_5 393.0584632004382
-#define P64_6 482.53567887695226
-#define P64_7 300.5202791102226
-#define P64_8 82.7780024537458
-#define P64_9 7.638722566804412
-#define P64_10 0.10408770881319832
-#define Q64_0 0.012972411312794016
-#define Q64_1 0.4673001400527829
-#define Q64_2 6.827259552312625
-#define Q64_3 52.28011698854188
-#define Q64_4 227.05006713244106
-#define Q64_5 567.883983210436
-#define Q64_6 799.349934192021
-#define Q64_7 597.1511740409888
-#define Q64_8 212.68095413312133
-#define Q64_9 29.54093152000372
+/* R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constant first (tools/fit_quantile.py). In constant
+ * memory: an instruction has no room for a double. */
+static __constant__ double P64[] = {
+    0.012972411312794016, 0.44511913530726677, 6.138307102239534, 43.844162448203335, 174.84171944281806,
+    393.0584632004382, 482.53567887695226, 300.5202791102226, 82.7780024537458, 7.638722566804412,
+    0.10408770881319832,
+};
+static __constant__ double Q64[] = {
+    0.012972411312794016, 0.4673001400527829, 6.827259552312625, 52.28011698854188, 227.05006713244106,
+    567.883983210436, 799.349934192021, 597.1511740409888, 212.68095413312133, 29.54093152000372,
+};
 
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -143,13 +134,28 @@ static __device__ float multiply_to_at_most_1(float a, float b)
 #endif
 }
 
+/* 1 / x rounded to nearest, for x from 2**-100 to 2**100: the device's approximation y, which is within one
+ * unit in the last place, and one Newton step. These are the operations that __frcp_rn has for such x, without
+ * its test of the range; the tests try every mantissa with every such y. */
+static __device__ float reciprocal(float x)
+{
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+    float y = host_approximate_reciprocal(x);
+#endif
+    return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+}
+
 /* The truncated normal sample in units of its bound. The cut at 1 is what proves |sample| <= 1. */
 static __device__ float quantile(float u, float p, float inverse_q)
 {
     return multiply(u, multiply_to_at_most_1(p, inverse_q));
 }
 
-/* The four samples of one block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3)). */
+/* The four samples of one block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3)). A
+ * denominator is between 0.09 and 13, their product between 6e-5 and 3e4. */
 static __device__ float4 truncated_normal(float4 u)
 {
     float4 v, q;
@@ -163,7 +169,7 @@ static __device__ float4 truncated_normal(float4 u)
     q.w = denominator(v.w);
     float q_xy = multiply(q.x, q.y);
     float q_zw = multiply(q.z, q.w);
-    float inverse = __frcp_rn(multiply(q_xy, q_zw));
+    float inverse = reciprocal(multiply(q_xy, q_zw));
     float inverse_xy = multiply(inverse, q_zw);
     float inverse_zw = multiply(inverse, q_xy);
     return make_float4(quantile(u.x, numerator(v.x), multiply(inverse_xy, q.y)),
@@ -202,31 +208,31 @@ static __device__ double uniform64(uint32 low, uint32 high)
 
 static __device__ double numerator64(double v)
 {
-    double p = multiply64(P64_10, v);
-    p = multiply64(add64(p, P64_9), v);
-    p = multiply64(add64(p, P64_8), v);
-    p = multiply64(add64(p, P64_7), v);
-    p = multiply64(add64(p, P64_6), v);
-    p = multiply64(add64(p, P64_5), v);
-    p = multiply64(add64(p, P64_4), v);
-    p = multiply64(add64(p, P64_3), v);
-    p = multiply64(add64(p, P64_2), v);
-    p = multiply64(add64(p, P64_1), v);
-    return add64(p, P64_0);
+    double p = multiply64(P64[10], v);
+    p = multiply64(add64(p, P64[9]), v);
+    p = multiply64(add64(p, P64[8]), v);
+    p = multiply64(add64(p, P64[7]), v);
+    p = multiply64(add64(p, P64[6]), v);
+    p = multiply64(add64(p, P64[5]), v);
+    p = multiply64(add64(p, P64[4]), v);
+    p = multiply64(add64(p, P64[3]), v);
+    p = multiply64(add64(p, P64[2]), v);
+    p = multiply64(add64(p, P64[1]), v);
+    return add64(p, P64[0]);
 }
 
 static __device__ double denominator64(double v)
 {
-    double q = multiply64(add64(v, Q64_9), v);
-    q = multiply64(add64(q, Q64_8), v);
-    q = multiply64(add64(q, Q64_7), v);
-    q = multiply64(add64(q, Q64_6), v);
-    q = multiply64(add64(q, Q64_5), v);
-    q = multiply64(add64(q, Q64_4), v);
-    q = multiply64(add64(q, Q64_3), v);
-    q = multiply64(add64(q, Q64_2), v);
-    q = multiply64(add64(q, Q64_1), v);
-    return add64(q, Q64_0);
+    double q = multiply64(add64(v, Q64[9]), v);
+    q = multiply64(add64(q, Q64[8]), v);
+    q = multiply64(add64(q, Q64[7]), v);
+    q = multiply64(add64(q, Q64[6]), v);
+    q = multiply64(add64(q, Q64[5]), v);
+    q = multiply64(add64(q, Q64[4]), v);
+    q = multiply64(add64(q, Q64[3]), v);
+    q = multiply64(add64(q, Q64[2]), v);
+    q = multiply64(add64(q, Q64[1]), v);
+    return add64(q, Q64[0]);
 }
 
 static __device__ double truncated_normal64(double u)
@@ -275,8 +281,38 @@ static __device__ uint32 round_to_bfloat16(float first, float second)
 #endif
 }
 
-/* The packets of one row. Lane j of packet i is element i * lanes + j - phase of the row, and is written iff
- * that is < length as an unsigned number: lanes before the row's start wrap round to huge ones. */
+/* One packet: the weights of `block`, and of the next one for the 16-bit types, whose `block` is even. */
+static __device__ uint4 packet_float32(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+{
+    float4 w = weights(block, stream, key, distribution, limit);
+    return make_uint4(__float_as_uint(w.x), __float_as_uint(w.y), __float_as_uint(w.z), __float_as_uint(w.w));
+}
+
+static __device__ uint4 packet_float16(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+{
+    float4 a = weights(block, stream, key, distribution, limit);
+    float4 b = weights(block | 1, stream, key, distribution, limit);
+    return make_uint4(round_to_float16(a.x, a.y), round_to_float16(a.z, a.w), round_to_float16(b.x, b.y),
+                      round_to_float16(b.z, b.w));
+}
+
+static __device__ uint4 packet_bfloat16(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+{
+    float4 a = weights(block, stream, key, distribution, limit);
+    float4 b = weights(block | 1, stream, key, distribution, limit);
+    return make_uint4(round_to_bfloat16(a.x, a.y), round_to_bfloat16(a.z, a.w), round_to_bfloat16(b.x, b.y),
+                      round_to_bfloat16(b.z, b.w));
+}
+
+static __device__ uint4 packet_float64(uint64 block, uint64 stream, uint64 key, uint32 distribution, double limit)
+{
+    double2 w = weights64(block, stream, key, distribution, limit);
+    uint4 packet;
+    memcpy(&packet, &w, 16);
+    return packet;
+}
+
+/* The packets of one row. Lane j of packet i is element i * lanes + j - phase of the row. */
 struct Row {
     uint64 first_packet; /* of the whole array */
     uint64 packets;      /* that hold an element of the row */
@@ -298,115 +334,103 @@ static __device__ Row locate(const void *out, uint64 first, uint64 length, uint3
     return row;
 }
 
-static __device__ void store16(uint16 *out, Row row, uint64 packet, uint64 length, uint4 eight)
-{
-    uint64 in_row = packet * 8 - row.phase;
-    out += in_row;
-    if (packet - row.whole_from < row.whole) {
-        *(uint4 *)out = eight;
-    } else {
-        uint32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-        for (int lane = 0; lane < 8; ++lane)
-            if (in_row + lane < length)
-                out[lane] = (uint16)(pairs[lane / 2] >> 16 * (lane % 2));
-    }
-}
-
-static __device__ void store32(float *out, Row row, uint64 packet, uint64 length, float4 four)
-{
-    uint64 in_row = packet * 4 - row.phase;
-    out += in_row;
-    if (packet - row.whole_from < row.whole) {
-        *(float4 *)out = four;
-    } else {
-        float lanes[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int lane = 0; lane < 4; ++lane)
-            if (in_row + lane < length)
-                out[lane] = lanes[lane];
-    }
-}
-
-static __device__ void store64(double *out, Row row, uint64 packet, uint64 length, double2 two)
-{
-    uint64 in_row = packet * 2 - row.phase;
-    out += in_row;
-    if (packet - row.whole_from < row.whole) {
-        *(double2 *)out = two;
-    } else {
-        if (in_row < length)
-            out[0] = two.x;
-        if (in_row + 1 < length)
-            out[1] = two.y;
-    }
-}
-
 static __device__ uint64 thread_x() { return (uint64)blockIdx.x * blockDim.x + threadIdx.x; }
 static __device__ uint64 thread_y() { return (uint64)blockIdx.y * blockDim.y + threadIdx.y; }
 static __device__ uint64 threads_x() { return (uint64)gridDim.x * blockDim.x; }
 static __device__ uint64 threads_y() { return (uint64)gridDim.y * blockDim.y; }
 
+/* Store the packets of `count` blocks, the first of them at `out`. This is the loop where the time goes. It
+ * walks spans of blocks whose numbers differ in the low bits alone, and counts these in 32 bits: what depends
+ * on the other bits only, as most of the first two rounds of Philox does, leaves the loop. Two turns at once
+ * keep the round keys in registers. */
+template <auto packet, class Element, class Sample>
+static __device__ void store_whole(Element *out, uint64 block, uint64 count, uint64 stream, uint64 key,
+                                   uint32 distribution, Sample limit)
+{
+    const uint32 blocks = sizeof(Element) == 2 ? 2 : 1; /* of a packet */
+    const uint32 lanes = 16 / sizeof(Element) / blocks; /* of a block */
+    uint32 step = threads_x() < SPAN / blocks ? (uint32)threads_x() * blocks : SPAN;
+    uint32 from = block % SPAN;
+    uint64 span = block - from;
+    Element *span_out = out - (uint64)from * lanes; /* where block number `span` would be */
+    while (count) {
+        uint32 here = count < SPAN - from ? (uint32)count : SPAN - from;
+        if (thread_x() < here / blocks) {
+#pragma unroll 2
+            for (uint32 i = from + (uint32)thread_x() * blocks; i < from + here; i += step)
+                *(uint4 *)(span_out + (uint64)i * lanes) = packet(span | i, stream, key, distribution, limit);
+        }
+        count -= here;
+        from = 0;
+        span += SPAN;
+        span_out += (uint64)SPAN * lanes;
+    }
+}
+
+/* Store what `out` has of one packet: lane j is element first + j of the row, and written iff that is < length
+ * as an unsigned number: lanes before the row's start wrap round to huge ones. */
+template <class Element>
+static __device__ void store_part(Element *out, uint64 first, uint64 length, uint4 packet)
+{
+    const int lanes = 16 / sizeof(Element);
+    Element elements[lanes];
+    memcpy(elements, &packet, 16);
+#pragma unroll
+    for (int lane = 0; lane < lanes; ++lane)
+        if (first + lane < length)
+            out[first + lane] = elements[lane];
+}
+
+template <auto packet, class Element, class Sample>
+static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key,
+                            uint64 stream, uint32 distribution, Sample limit)
+{
+    const uint32 lanes = 16 / sizeof(Element);
+    const uint32 blocks = sizeof(Element) == 2 ? 2 : 1;
+    for (uint64 y = thread_y(); y < rows; y += threads_y()) {
+        Element *row_out = out + y * length;
+        Row row = locate(row_out, offset + y * row_stride, length, lanes);
+        Element *whole_out = row_out + (row.whole_from * lanes - row.phase);
+        uint64 block = (row.first_packet + row.whole_from) * blocks;
+        uint64 count = row.whole * blocks;
+        /* One loop for each distribution, so that none is asked for inside. */
+        if (distribution == TRUNCATED_NORMAL)
+            store_whole<packet>(whole_out, block, count, stream, key, TRUNCATED_NORMAL, limit);
+        else
+            store_whole<packet>(whole_out, block, count, stream, key, UNIFORM, limit);
+        /* The other packets go to the last threads, which had the fewest whole ones. */
+        for (uint64 j = threads_x() - 1 - thread_x(); j < row.packets - row.whole; j += threads_x()) {
+            uint64 i = j < row.whole_from ? j : j + row.whole;
+            uint4 part = packet((row.first_packet + i) * blocks, stream, key, distribution, limit);
+            store_part(row_out, i * lanes - row.phase, length, part);
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
                  uint32 distribution, float limit)
 {
-    for (uint64 y = thread_y(); y < rows; y += threads_y()) {
-        float *row_out = out + y * length;
-        Row row = locate(row_out, offset + y * row_stride, length, 4);
-        for (uint64 i = thread_x(); i < row.packets; i += threads_x()) {
-            float4 four = weights(row.first_packet + i, stream, key, distribution, limit);
-            store32(row_out, row, i, length, four);
-        }
-    }
+    fill<packet_float32>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
                  uint32 distribution, float limit)
 {
-    for (uint64 y = thread_y(); y < rows; y += threads_y()) {
-        uint16 *row_out = out + y * length;
-        Row row = locate(row_out, offset + y * row_stride, length, 8);
-        for (uint64 i = thread_x(); i < row.packets; i += threads_x()) {
-            uint64 block = 2 * (row.first_packet + i);
-            float4 a = weights(block, stream, key, distribution, limit);
-            float4 b = weights(block + 1, stream, key, distribution, limit);
-            uint4 eight = make_uint4(round_to_float16(a.x, a.y), round_to_float16(a.z, a.w),
-                                     round_to_float16(b.x, b.y), round_to_float16(b.z, b.w));
-            store16(row_out, row, i, length, eight);
-        }
-    }
+    fill<packet_float16>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
                   uint32 distribution, float limit)
 {
-    for (uint64 y = thread_y(); y < rows; y += threads_y()) {
-        uint16 *row_out = out + y * length;
-        Row row = locate(row_out, offset + y * row_stride, length, 8);
-        for (uint64 i = thread_x(); i < row.packets; i += threads_x()) {
-            uint64 block = 2 * (row.first_packet + i);
-            float4 a = weights(block, stream, key, distribution, limit);
-            float4 b = weights(block + 1, stream, key, distribution, limit);
-            uint4 eight = make_uint4(round_to_bfloat16(a.x, a.y), round_to_bfloat16(a.z, a.w),
-                                     round_to_bfloat16(b.x, b.y), round_to_bfloat16(b.z, b.w));
-            store16(row_out, row, i, length, eight);
-        }
-    }
+    fill<packet_bfloat16>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
                  uint32 distribution, double limit)
 {
-    for (uint64 y = thread_y(); y < rows; y += threads_y()) {
-        double *row_out = out + y * length;
-        Row row = locate(row_out, offset + y * row_stride, length, 2);
-        for (uint64 i = thread_x(); i < row.packets; i += threads_x()) {
-            double2 two = weights64(row.first_packet + i, stream, key, distribution, limit);
-            store64(row_out, row, i, length, two);
-        }
-    }
+    fill<packet_float64>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
 }

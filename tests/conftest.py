@@ -41,6 +41,12 @@ extern "C" __global__ void probe_philox4x32(uint64 *counters_and_keys, uint4 *wo
     }
 }
 
+extern "C" __global__ void probe_reciprocal(float *x, float *inverses, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x())
+        inverses[i] = reciprocal(x[i]);
+}
+
 extern "C" __global__ void probe_truncated_normal(uint4 *words, float4 *samples, uint64 n)
 {
     for (uint64 i = thread_x(); i < n; i += threads_x())
@@ -78,6 +84,9 @@ class Cpu:
             even, odd = quantile.philox4x32(np.array([block], np.uint64), stream, round_keys, scratch)
             rows.append([word & 0xFFFFFFFF for word in (even[0], odd[0], even[1], odd[1])])
         return np.array(rows, np.uint32).reshape(-1, 4)
+
+    def reciprocal(self, x: np.ndarray) -> np.ndarray:
+        return np.divide(np.float32(1), x)
 
     def truncated_normal(self, words: np.ndarray) -> np.ndarray:
         """The float32 samples of words, (n, 4) both."""
@@ -121,6 +130,9 @@ class Cuda:
     def philox4x32(self, blocks: list[int], streams: list[int], keys: list[int]) -> np.ndarray:
         rows = np.array([blocks, streams, keys], np.uint64).T.copy()
         return self.probe("probe_philox4x32", rows, self.cupy.empty((len(rows), 4), np.uint32))
+
+    def reciprocal(self, x: np.ndarray) -> np.ndarray:
+        return self.probe("probe_reciprocal", x, self.cupy.empty(x.shape, np.float32))
 
     def truncated_normal(self, words: np.ndarray) -> np.ndarray:
         result = self.cupy.empty((len(words), 4), np.float32)

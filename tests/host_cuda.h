@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define __device__
+#define __constant__
 #define __global__
 #define __launch_bounds__(threads)
 
@@ -30,6 +31,7 @@ static inline float flush(float x) { return x; }
 static inline float __fadd_rn(float a, float b) { return flush(flush(a) + flush(b)); }
 static inline float __fmul_rn(float a, float b) { return flush(flush(a) * flush(b)); }
 static inline float __frcp_rn(float a) { return flush(1.0f / flush(a)); }
+static inline float __fmaf_rn(float a, float b, float c) { return flush(fmaf(flush(a), flush(b), flush(c))); }
 static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline double __drcp_rn(double a) { return 1.0 / a; }
@@ -42,6 +44,26 @@ static inline unsigned __float_as_uint(float a)
     unsigned bits;
     memcpy(&bits, &a, 4);
     return bits;
+}
+
+/* One of the two floats next to 1 / x, as rcp.approx.ftz.f32 promises no more; by default both in turns. Below
+ * is wrong for the mantissa of all ones alone, and no device has that: see tests/test_reciprocal.py. */
+static inline float host_approximate_reciprocal(float x)
+{
+    double exact = 1.0 / (double)x;
+    float below = (float)exact, above = (float)exact;
+    if (below >= exact)
+        below = nextafterf(below, 0.0f);
+    if (above <= exact)
+        above = nextafterf(above, INFINITY);
+#if defined(APPROXIMATE_BELOW)
+    return below;
+#elif defined(APPROXIMATE_ABOVE)
+    return above;
+#else
+    unsigned mantissa = __float_as_uint(x) & 0x7FFFFF;
+    return mantissa % 2 ? above : below;
+#endif
 }
 
 /* cvt.rn.f16.f32 for finite numbers, by exact arithmetic in double. */

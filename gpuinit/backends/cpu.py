@@ -36,6 +36,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
 
 
 def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
+    out = out.reshape(-1)
     sample_type = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
     lanes = 16 // sample_type.itemsize
     threads = max(1, min(thread_limit(), MOST_THREADS, out.size // ELEMENTS_PER_THREAD))

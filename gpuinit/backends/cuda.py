@@ -31,23 +31,26 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: int) -> Any:
 
 
 def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
-    lanes = 16 // out.dtype.itemsize
-    limit_type = np.float64 if out.dtype == np.float64 else np.float32
+    dtype, device = out.dtype, out.device
+    lanes = 16 // dtype.itemsize
+    limit_type = np.float64 if lanes == 2 else np.float32
     shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
     position = 0
-    with out.device:
-        launch = kernel(out.dtype.name)
-        most = multiprocessors(out.device.id) * BLOCKS_PER_MULTIPROCESSOR
+    with device:
+        launch = kernel(name(dtype))
+        most = multiprocessors(device.id) * BLOCKS_PER_MULTIPROCESSOR
         for run in runs:
-            part = out[position : position + run.rows * run.length]
-            position += part.size
+            part, size = out, run.rows * run.length
+            if size < out.size:
+                part = out.reshape(-1)[position : position + size]
+                position += size
             grid, block = launch_shape(run, lanes, most)
             launch(grid, block, (part, *map(np.uint64, run), *shared))
 
 
 def launch_shape(run: Run, lanes: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Grid and block: x over the packets of a row, y over the rows, at most `most` blocks or so."""
-    packets = -(-(run.length + lanes - 1) // lanes)
+    packets = (run.length + 2 * lanes - 2) // lanes  # wherever the first one starts
     x = min(THREADS_PER_BLOCK, 1 << (packets - 1).bit_length())
     y = THREADS_PER_BLOCK // x
     grid_x = min(-(-packets // x), most)
@@ -61,6 +64,12 @@ def kernel(dtype: str) -> Any:
     import cupy
 
     return cupy.RawKernel(source(), f"fill_{dtype}", options=OPTIONS)
+
+
+@cache
+def name(dtype: np.dtype) -> str:
+    """NumPy puts it together at every call."""
+    return dtype.name
 
 
 @cache
