@@ -144,6 +144,10 @@ def find_kernel_problem(cupy: Any) -> str | None:
     try:
         cuda.kernel("float32").compile()
     except Exception as error:
+        if "out of memory" in str(error).lower():  # it may pass, and must not be remembered
+            raise MemoryError(
+                f"the CUDA device has no memory left for the kernel ({describe(error)})"
+            ) from error
         if "headers" in str(error) or "nvrtc" in str(error).lower():
             return f"CUDA's compiler or headers are missing ({describe(error)}). To install: {INSTALL}"
         if isinstance(error, OSError):
@@ -175,35 +179,56 @@ def cuda_device_count() -> int:
     return int(cupy.cuda.runtime.getDeviceCount())
 
 
-def adopt(out: object) -> tuple[Any, int | None]:
-    """out as a NumPy or CuPy array on the same memory, and its device."""
-    if isinstance(out, np.ndarray):
-        return out, CPU
+def adopt(out: Any) -> tuple[Any, int | None, bool]:
+    """out as a NumPy or CuPy array on the same memory, its device, and whether it may be written."""
+    problem = None
     try:
-        if hasattr(out, "__cuda_array_interface__"):
-            return adopt_cuda(out, "asarray")
-        if hasattr(out, "__dlpack__"):
-            kind, _ = out.__dlpack_device__()  # type: ignore[attr-defined]
-            if kind in DLPACK_CUDA:
-                return adopt_cuda(out, "from_dlpack")
+        if isinstance(out, np.ndarray):
+            return host(np.asarray(out))  # the data of a subclass, whatever it masks
+        if hasattr(out, "__dlpack__"):  # first, as the CUDA array interface has no bfloat16
+            kind, number = out.__dlpack_device__()
             if kind in DLPACK_CPU:
-                return np.from_dlpack(out), CPU
-        return np.asarray(memoryview(out)), CPU  # type: ignore[arg-type]
-    except (TypeError, ValueError, AttributeError, BufferError) as error:
+                return host(np.from_dlpack(out))
+            on_cuda = kind in DLPACK_CUDA
+        else:
+            on_cuda, number = hasattr(out, "__cuda_array_interface__"), None
+        if not on_cuda:
+            return host(np.asarray(memoryview(out)))
+        problem = cuda_problem()
+        if problem is None:
+            return adopt_cuda(out, number)
+    except (TypeError, ValueError, AttributeError, BufferError, RuntimeError) as error:
         raise TypeError(
-            "out must be a NumPy or CuPy array, or offer __cuda_array_interface__, DLPack or the "
+            "out must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or the "
             f"buffer protocol, got {type(out).__name__} ({describe(error)})"
         ) from error
+    raise RuntimeError(f"out is on a CUDA device, but CUDA cannot be used: {problem}")
 
 
-def adopt_cuda(out: object, function: str) -> tuple[Any, int]:
-    problem = cuda_problem()
-    if problem is not None:
-        raise RuntimeError(f"out is on a CUDA device, but CUDA cannot be used: {problem}")
+def host(array: np.ndarray) -> tuple[np.ndarray, None, bool]:
+    return array, CPU, array.flags.writeable
+
+
+def adopt_cuda(out: Any, number: int | None) -> tuple[Any, int, bool]:
+    """The same for out on a CUDA device: that of this number, where DLPack has told.
+
+    CuPy takes an array of another library as one on the current device, and copies where it is on another.
+    CuPy does not heed that memory is read-only.
+    """
     import cupy
 
-    array = getattr(cupy, function)(out)
-    return array, int(array.device.id)
+    interface: dict[str, Any] | None = getattr(out, "__cuda_array_interface__", None)
+    if isinstance(out, cupy.ndarray):
+        array = out
+    elif number is not None:
+        with cupy.cuda.Device(number):
+            array = cupy.from_dlpack(out)
+    else:
+        pointer = out.__cuda_array_interface__["data"][0]
+        number = cupy.cuda.runtime.pointerGetAttributes(pointer).device if pointer else None
+        with cupy.cuda.Device(number):
+            array = cupy.asarray(out, copy=False)
+    return array, int(array.device.id), interface is None or not interface["data"][1]
 
 
 def describe_device(device: int | None) -> str:

@@ -15,16 +15,7 @@ Axes = SupportsIndex | Sequence[SupportsIndex]
 # by .87962566103423978, which is the same float64.
 TRUNCATED_STD = 0.87962566103423976
 
-DEFAULT_AXES = (-2, -1, ())
-
-
-def parse_axes(argument: str, axes: Axes, ndim: int) -> list[int]:
-    """Axes as a list of ints in [0, ndim)."""
-    wanted = f"{argument} must be an axis or a sequence of axes in [-{ndim}, {ndim})"
-    parsed = as_integers(axes, wanted)
-    if not all(-ndim <= axis < ndim for axis in parsed):
-        raise ValueError(f"{wanted}, got {axes!r}")
-    return [axis % ndim for axis in parsed]
+DEFAULT_AXES = ((-2,), (-1,), ())
 
 
 def fans(shape: tuple[int, ...], in_axis: Axes, out_axis: Axes, batch_axis: Axes) -> tuple[int, int]:
@@ -39,15 +30,15 @@ def fans(shape: tuple[int, ...], in_axis: Axes, out_axis: Axes, batch_axis: Axes
     (n,) fans n, as in Keras.
     """
     ndim = len(shape)
-    axes = (in_axis, out_axis, batch_axis)
-    if tuple(map(type, axes)) == (int, int, tuple) and axes == DEFAULT_AXES:
-        if ndim < 2:
-            return (shape[0], shape[0]) if shape else (1, 1)
-        receptive_field = prod(shape[:-2])
-        return shape[-2] * receptive_field, shape[-1] * receptive_field
-    inputs = parse_axes("in_axis", in_axis, ndim)
-    outputs = parse_axes("out_axis", out_axis, ndim)
-    batch = parse_axes("batch_axis", batch_axis, ndim)
+    given = {"in_axis": in_axis, "out_axis": out_axis, "batch_axis": batch_axis}
+    wanted = f"must be an axis or a sequence of axes in [-{ndim}, {ndim})"
+    parsed = tuple(as_integers(axes, f"{argument} {wanted}") for argument, axes in given.items())
+    if ndim < 2 and parsed == DEFAULT_AXES:
+        return (shape[0], shape[0]) if shape else (1, 1)
+    for (argument, axes), found in zip(given.items(), parsed, strict=True):
+        if not all(-ndim <= axis < ndim for axis in found):
+            raise ValueError(f"{argument} {wanted}, got {axes!r}")
+    inputs, outputs, batch = ([axis % ndim for axis in found] for found in parsed)
     named = [*inputs, *outputs, *batch]
     if len(set(named)) < len(named):
         raise ValueError(

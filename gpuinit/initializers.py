@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, SupportsFloat, SupportsIndex
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from gpuinit import devices, quantile
 from gpuinit.backends import cpu, cuda
 from gpuinit.fans import Axes, fans, parent_std, uniform_limit
-from gpuinit.stream import Index, parse_index, parse_name, parse_seed, parse_shape, runs
+from gpuinit.stream import MAX_SIZE, Index, parse_index, parse_name, parse_seed, parse_shape, runs
 
 Shape = SupportsIndex | Sequence[SupportsIndex]
 
@@ -300,7 +301,7 @@ def lecun_uniform(
 
 def variance_scaling(
     shape: Shape,
-    scale: SupportsFloat = 1.0,
+    scale: float = 1.0,
     mode: str = "fan_in",
     distribution: str = "truncated_normal",
     *,
@@ -332,9 +333,9 @@ def variance_scaling(
     factor = parse_number("scale", scale)
     if factor == 0:
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if distribution not in tuple(DISTRIBUTIONS):
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     fan_in, fan_out = fans(parsed, in_axis, out_axis, batch_axis)
     fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
@@ -344,7 +345,7 @@ def variance_scaling(
 
 def truncated_normal(
     shape: Shape,
-    stddev: SupportsFloat = 0.05,
+    stddev: float = 0.05,
     *,
     seed: SupportsIndex | None = None,
     name: str | None = None,
@@ -384,7 +385,7 @@ def truncated_normal(
 
 def uniform(
     shape: Shape,
-    limit: SupportsFloat = 0.05,
+    limit: float = 0.05,
     *,
     seed: SupportsIndex | None = None,
     name: str | None = None,
@@ -438,6 +439,8 @@ def make(
         made_of = DTYPES["float32"] if wanted is None else wanted
         limit = parse_limit(distribution, width_source, width, made_of)
         number = devices.resolve(device)
+        if math.prod(part) * made_of.itemsize > MAX_SIZE:
+            raise ValueError(f"shape must leave fewer than 2**63 bytes to make, got {shape}")
         backend = cpu if number is devices.CPU else cuda
         result = filled = backend.empty(part, made_of, number)
     else:
@@ -457,14 +460,12 @@ def make(
     return result
 
 
-def parse_number(argument: str, value: SupportsFloat) -> float:
+def parse_number(argument: str, value: float) -> float:
     wanted = f"{argument} must be a finite number >= 0"
-    if isinstance(value, bool | np.bool_ | str | bytes):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{wanted}, got {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{wanted}, got {value!r}") from None
     except OverflowError:
         raise ValueError(f"{wanted}, got {value!r}") from None
     if not (math.isfinite(number) and number >= 0):
@@ -478,7 +479,7 @@ def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
     wanted = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
     try:
         parsed = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(wanted) from None
     if parsed not in DTYPES.values():
         raise ValueError(wanted)
@@ -502,7 +503,7 @@ def adopt_out(
     out: Any, part: tuple[int, ...], dtype: np.dtype | None, device: object
 ) -> tuple[Any, int | None]:
     """out as a NumPy or CuPy array, and its device, once it is known to suit."""
-    array, number = devices.adopt(out)
+    array, number, writable = devices.adopt(out)
     if tuple(array.shape) != part:
         raise ValueError(f"out must have shape {part}, got {tuple(array.shape)}")
     if array.dtype not in DTYPES.values():
@@ -515,6 +516,10 @@ def adopt_out(
         )
     if not array.flags.c_contiguous:
         raise ValueError("out must be C-contiguous, got an array with gaps or in another order")
-    if number is devices.CPU and not array.flags.writeable:
+    if not writable:
         raise ValueError("out must be writable, got a read-only array")
+    if number is not devices.CPU and array.data.ptr % array.dtype.itemsize:
+        raise ValueError(
+            f"out must be aligned to its items on a CUDA device, got address {array.data.ptr:#x}"
+        )
     return array, number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import product
 from math import prod
 from types import EllipsisType
@@ -43,7 +43,7 @@ def as_integer(value: object, wanted: str, got: object) -> int:
 def as_integers(value: object, wanted: str) -> tuple[int, ...]:
     """An integer, or a sequence of them, as a tuple of ints; all else raises a TypeError: wanted, got."""
     if type(value) is not tuple:
-        if isinstance(value, str | bytes | dict | set):
+        if isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set):
             raise TypeError(f"{wanted}, got {value!r}")
         if not (isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0):
             return (as_integer(value, wanted, value),)

@@ -7,6 +7,7 @@ that was not asked for is a visible skip. Unset, every device that is here is us
 from __future__ import annotations
 
 import collections
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,9 @@ def cupy_sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in CuPy, in place of the real one."""
     if REASONS["cuda-sim"]:
         pytest.skip(f"cuda-sim: {REASONS['cuda-sim']}")
+    if "cupy" in sys.modules:
+        # Hypothesis looks at every module, which makes the real CuPy import this one, from itself.
+        importlib.import_module("cupyx.scipy.sparse")
     monkeypatch.setitem(sys.modules, "cupy", cuda_sim)
     forget()
     yield cuda_sim

@@ -9,6 +9,7 @@ choosing between them can be tested.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import re
 import types
@@ -22,6 +23,7 @@ TWICE_UP_TO = 2**18  # bytes
 MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
 
 current = [0]
+allocations: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=1000)
 
 
 class CUDARuntimeError(RuntimeError):
@@ -59,6 +61,7 @@ class ndarray:  # noqa: N801
         self.device = device or Device()
         self.shape, self.dtype, self.size = host.shape, host.dtype, host.size
         self.flags = types.SimpleNamespace(c_contiguous=host.flags.c_contiguous)
+        self.data = types.SimpleNamespace(ptr=host.ctypes.data)
 
     def reshape(self, *shape: int) -> ndarray:
         return ndarray(self.host.reshape(*shape), self.device)
@@ -87,19 +90,34 @@ class ndarray:  # noqa: N801
 def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
     host = np.empty(shape, dtype)
     host.reshape(-1).view(np.uint8).fill(0xCA)  # so that what is never written shows
-    return ndarray(host)
+    array = ndarray(host)
+    allocations.append((host.ctypes.data, host.ctypes.data + max(host.nbytes, 1), array.device.id))
+    return array
 
 
-def asarray(array: Any) -> ndarray:
-    if isinstance(array, ndarray):
-        return array
+def asarray(array: Any, copy: bool | None = None) -> ndarray:
+    """An array on the current device, as CuPy has it: one that is on another is copied."""
     interface = array.__cuda_array_interface__
-    host = np.asarray(types.SimpleNamespace(__array_interface__=interface, keep=array))
-    return ndarray(host, Device(interface["device"]))
+    pointer, _ = interface["data"]
+    interface = dict(interface, data=(pointer, False))  # CuPy does not heed that memory is read-only
+    if pointerGetAttributes(pointer).device == current[-1]:
+        return ndarray(np.asarray(types.SimpleNamespace(__array_interface__=interface, keep=array)))
+    if copy is False:
+        raise ValueError("Unable to avoid copy")
+    return ndarray(np.array(types.SimpleNamespace(__array_interface__=interface, keep=array)))
 
 
 def from_dlpack(array: Any) -> ndarray:
+    """An array that shares the memory of another library's, on the current device."""
+    assert array.device.id == current[-1]
     return ndarray(array.host, array.device)
+
+
+def pointerGetAttributes(pointer: int) -> Any:  # noqa: N802
+    for start, stop, device in reversed(allocations):
+        if start <= pointer < stop:
+            return types.SimpleNamespace(device=device)
+    raise CUDARuntimeError(1)
 
 
 SCALARS = {
@@ -160,5 +178,6 @@ runtime = types.SimpleNamespace(
     getDeviceCount=lambda: COUNT,
     getDevice=lambda: current[-1],
     driverGetVersion=lambda: 13000,
+    pointerGetAttributes=pointerGetAttributes,
 )
 cuda = types.SimpleNamespace(Device=Device, runtime=runtime)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpuinit
+from gpuinit.stream import parse_seed
 
 SHAPE = "shape must be an integer or a sequence of integers >= 0, got "
 SEED = "seed must be None or an integer in [0, 2**64), got "
@@ -31,6 +32,10 @@ BAD = [
     ({"shape": None}, TypeError, SHAPE + "None"),
     ({"shape": {3, 4}}, TypeError, SHAPE + "{3, 4}"),
     ({"shape": ((3, 4),)}, TypeError, SHAPE + "((3, 4),)"),
+    ({"shape": frozenset({3, 4})}, TypeError, SHAPE + "frozenset({3, 4})"),
+    ({"shape": bytearray(b"\3\4")}, TypeError, SHAPE + "bytearray("),
+    ({"shape": {3: 1}}, TypeError, SHAPE + "{3: 1}"),
+    ({"shape": {3: 1}.keys()}, TypeError, SHAPE + "dict_keys([3])"),
     ({"shape": 2**63}, ValueError, "shape must have fewer than 2**63 elements, got 9223372036854775808"),
     ({"shape": (2**62, 4)}, ValueError, "shape must have fewer than 2**63 elements, got ("),
     ({"shape": (2**40, 0, 2**40)}, ValueError, "shape must have fewer than 2**63 elements, got ("),
@@ -51,6 +56,7 @@ BAD = [
     ({"dtype": ">f4"}, ValueError, DTYPE + "'>f4'"),
     ({"dtype": "float8"}, TypeError, DTYPE + "'float8'"),
     ({"dtype": 3}, TypeError, DTYPE + "3"),
+    ({"dtype": "3000000000f4"}, TypeError, DTYPE + "'3000000000f4'"),
     ({"dtype": complex}, ValueError, DTYPE + "<class 'complex'>"),
     # device
     ({"device": "gpu"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'gpu\''),
@@ -69,6 +75,7 @@ BAD = [
     ({"in_axis": 0.5}, TypeError, "in_axis " + AXES + "0.5"),
     ({"in_axis": "0"}, TypeError, "in_axis " + AXES + "'0'"),
     ({"in_axis": True}, TypeError, "in_axis " + AXES + "True"),
+    ({"out_axis": np.array([0, 3])}, ValueError, "out_axis " + AXES + "array([0, 3])"),
     (
         {"in_axis": 1},
         ValueError,
@@ -120,6 +127,33 @@ def test_bad_arguments_are_refused_with_nothing_written(device, keywords, error,
         (lambda: gpuinit.uniform(3, float("inf")), ValueError, "limit " + NUMBER + "inf"),
         (lambda: gpuinit.uniform(3, 10**400), ValueError, "limit " + NUMBER + "1000"),
         (lambda: gpuinit.uniform(3, 1j), TypeError, "limit " + NUMBER + "1j"),
+        (lambda: gpuinit.uniform(3, np.complex128(1)), TypeError, "limit " + NUMBER),
+        (lambda: gpuinit.uniform(3, np.array(True)), TypeError, "limit " + NUMBER),
+        (
+            lambda: gpuinit.he_normal(24, in_axis=-2.0),
+            TypeError,
+            "in_axis must be an axis or a sequence of axes in [-1, 1), got -2.0",
+        ),
+        (
+            lambda: gpuinit.uniform(3, 3.4e38, dtype="bfloat16"),
+            ValueError,
+            "limit must leave the weights finite in bfloat16, got limit 3.4e+38",
+        ),
+        (
+            lambda: gpuinit.truncated_normal(3, 1.5e308, dtype="float64"),
+            ValueError,
+            "stddev must leave the weights finite in float64, got stddev 1.5e+308",
+        ),
+        (
+            lambda: gpuinit.variance_scaling(3, 1, np.array(["fan_in", "fan_out"])),
+            ValueError,
+            "mode must be one of fan_in, fan_out, fan_avg, got array(",
+        ),
+        (
+            lambda: gpuinit.uniform(2**62),
+            ValueError,
+            "shape must leave fewer than 2**63 bytes to make, got (4611686018427387904,)",
+        ),
         (
             lambda: gpuinit.uniform(3, 1e39),
             ValueError,
@@ -174,9 +208,12 @@ def test_what_should_be_accepted_is(device):
         {"index": np.s_[:, :]},
         {"index": np.s_[0:99, -99:99]},
         {"in_axis": (-2,), "out_axis": [1]},
+        {"in_axis": np.int64(-2), "out_axis": np.array([-1]), "batch_axis": []},
     ):
         keywords = {"shape": (4, 6), "seed": 3, "device": device.name, **keywords}
         assert device.numpy(gpuinit.he_normal(**keywords)).tobytes() == first.tobytes()
+    row = gpuinit.he_normal(5, seed=3, in_axis=(-2,), batch_axis=[], device="cpu")  # the default axes
+    assert row.tobytes() == gpuinit.he_normal(5, seed=3, device="cpu").tobytes()
     bfloat16 = gpuinit.he_normal((4, 6), dtype=ml_dtypes.bfloat16, device=device.name)
     assert bfloat16.dtype == ml_dtypes.bfloat16
     assert device.numpy(gpuinit.he_normal(np.array(5), seed=3, device=device.name)).shape == (5,)
@@ -185,6 +222,12 @@ def test_what_should_be_accepted_is(device):
 def test_no_seed_is_a_fresh_one(device):
     first, second = (device.numpy(gpuinit.he_normal(8, device=device.name)) for _ in range(2))
     assert first.tobytes() != second.tobytes()
+
+
+def test_a_fresh_seed_has_64_random_bits():
+    seeds = np.array([parse_seed(None) for _ in range(64)], np.uint64)
+    assert np.bitwise_or.reduce(seeds) == 2**64 - 1  # a false alarm once in 2**57 runs
+    assert np.bitwise_and.reduce(seeds) == 0
 
 
 def test_too_much_memory_is_a_memory_error():
@@ -246,7 +289,8 @@ def test_out_may_offer_the_buffer_protocol():
     assert view.tobytes() == expected.tobytes()
 
 
-def test_out_may_offer_dlpack():
+@pytest.mark.parametrize("kind", [1, 3])
+def test_out_may_offer_dlpack_of_plain_and_of_pinned_memory(kind):
     class Tensor:
         def __init__(self):
             self.array = np.zeros(6, np.float32)
@@ -255,7 +299,7 @@ def test_out_may_offer_dlpack():
             return self.array.__dlpack__(**keywords)
 
         def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
+            return kind, 0
 
     tensor = Tensor()
     assert gpuinit.he_normal(6, seed=1, out=tensor) is tensor
@@ -265,6 +309,12 @@ def test_out_may_offer_dlpack():
 def test_out_of_swapped_bytes_is_refused():
     with pytest.raises(ValueError, match=r"^out must have dtype float32, .*, got >f4$"):
         gpuinit.he_normal(1, seed=0, out=np.zeros(1, ">f4"))
+
+
+def test_the_data_of_a_masked_array_is_filled():
+    out = np.ma.masked_array(np.ones(6, np.float32), mask=[True, False] * 3, hard_mask=True)
+    gpuinit.he_normal(6, seed=1, out=out)
+    assert out.data.tobytes() == gpuinit.he_normal(6, seed=1, device="cpu").tobytes()
 
 
 def test_read_only_out_is_refused():

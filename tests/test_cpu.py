@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -79,19 +81,53 @@ def test_the_number_of_threads_is_obeyed(monkeypatch):
     assert running == {threading.get_ident()}
 
 
-def test_an_error_in_a_thread_stops_the_others_and_is_raised(monkeypatch):
+def test_many_threads_fill_at_once(monkeypatch):
+    barrier = threading.Barrier(4)
+    met = threading.local()
+    fill_tile = cpu.fill_tile
+
+    def meet(*arguments):
+        if not hasattr(met, "others"):
+            met.others = barrier.wait(timeout=60)
+        return fill_tile(*arguments)
+
+    monkeypatch.setattr(cpu, "fill_tile", meet)
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "4")
+    gpuinit.he_normal((2048, 2048), seed=1, device="cpu")
+    assert not barrier.broken
+
+
+def test_without_a_setting_the_threads_are_the_cores_of_the_process(monkeypatch):
+    monkeypatch.delenv("GPUINIT_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert cpu.thread_limit() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert cpu.thread_limit() == 6
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_thread_stops_the_others_and_is_raised(monkeypatch, failing):
     tiles = []
+    both = threading.Barrier(2)
+    order = threading.local()
+    fill_tile = cpu.fill_tile
 
     def fail(tile, *arguments):
+        if not hasattr(order, "number"):
+            order.number = both.wait(timeout=60)
+        if order.number == failing:
+            raise MemoryError("no room")
         tiles.append(tile)
-        raise MemoryError("no room")
+        time.sleep(0.01)
+        return fill_tile(tile, *arguments)
 
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
     monkeypatch.setattr(cpu, "fill_tile", fail)
-    monkeypatch.setattr(cpu, "BLOCKS_AMONG_THREADS", 16)
+    monkeypatch.setattr(cpu, "BLOCKS_AMONG_THREADS", 1024)
     with pytest.raises(MemoryError, match="no room"):
         gpuinit.he_normal((2048, 2048), device="cpu")
-    assert len(tiles) <= 2
+    assert len(tiles) < 100  # of 1024
 
 
 def test_numpy_error_settings_of_the_caller_do_not_matter():

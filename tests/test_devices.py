@@ -63,8 +63,9 @@ def test_the_current_device_is_kept_after_an_error(cupy_sim, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_an_error(cupy_sim):
-    with pytest.raises(ValueError, match=r"^device must be one of cuda:0 to cuda:1, got 'cuda:7'$"):
-        gpuinit.he_normal(3, device="cuda:7")
+    for device in ("cuda:2", "cuda:7"):
+        with pytest.raises(ValueError, match=rf"^device must be one of cuda:0 to cuda:1, got '{device}'$"):
+            gpuinit.he_normal(3, device=device)
 
 
 def test_out_decides_the_device(cupy_sim):
@@ -96,24 +97,66 @@ class Offers:
 
 
 class OffersInterface(Offers):
+    read_only = False
+    shift = 0
+
     @property
     def __cuda_array_interface__(self):
-        return cuda_sim.ndarray(self.host, self.device).__cuda_array_interface__
+        interface = cuda_sim.ndarray(self.host, self.device).__cuda_array_interface__
+        pointer, _ = interface["data"]
+        return dict(interface, data=(pointer + self.shift, self.read_only))
 
 
 class OffersDlpack(Offers):
+    kind = 2
+
     def __dlpack__(self, **keywords):
         raise AssertionError("the stand-in reads the array itself")
 
     def __dlpack_device__(self):
-        return 2, self.device.id
+        return self.kind, self.device.id
 
 
-@pytest.mark.parametrize("offers", [OffersInterface, OffersDlpack])
-def test_out_may_be_of_another_library_on_a_device(cupy_sim, offers):
-    out = offers(cupy_sim.empty((5, 7), np.float32))
+class OffersManaged(OffersDlpack):
+    kind = 13
+
+
+class OffersBoth(OffersDlpack):
+    """As torch does for bfloat16: its CUDA array interface has a type that NumPy does not know."""
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = cuda_sim.ndarray(self.host, self.device).__cuda_array_interface__
+        return dict(interface, typestr="<V4")
+
+
+@pytest.mark.parametrize("offers", [OffersInterface, OffersDlpack, OffersManaged, OffersBoth])
+@pytest.mark.parametrize("number", [0, 1])
+def test_out_may_be_of_another_library_on_any_device(cupy_sim, offers, number):
+    with cupy_sim.cuda.Device(number):
+        out = offers(cupy_sim.empty((5, 7), np.float32))
     assert gpuinit.he_normal((5, 7), seed=1, out=out) is out
     assert out.host.tobytes() == EXPECTED
+    assert gpuinit.he_normal((5, 7), seed=1, out=out, device=f"cuda:{number}") is out
+
+
+def test_read_only_and_misaligned_memory_on_a_device_is_refused(cupy_sim):
+    out = OffersInterface(cupy_sim.empty((5, 7), np.float32))
+    before = out.host.tobytes()
+    out.read_only = True
+    with pytest.raises(ValueError, match=r"^out must be writable, got a read-only array$"):
+        gpuinit.he_normal((5, 7), out=out)
+    out.read_only, out.shift = False, 2
+    with pytest.raises(ValueError, match=r"^out must be aligned to its items on a CUDA device, got address"):
+        gpuinit.he_normal((5, 7), out=out)
+    assert out.host.tobytes() == before
+
+
+def test_the_copy_that_cupy_makes_across_devices_is_seen(cupy_sim):
+    """The control: an array taken on the wrong device would be filled, and lost."""
+    with cupy_sim.cuda.Device(1):
+        out = cupy_sim.empty((5, 7), np.float32)
+    assert not np.shares_memory(cupy_sim.asarray(out).host, out.host)
 
 
 def test_the_stand_in_refuses_what_cupy_would_misread(cupy_sim):
@@ -283,6 +326,15 @@ def test_the_fallback_as_an_error_is_one_every_time(broken):
                 gpuinit.he_normal((5, 7), seed=1, device="cuda")
 
 
+def test_the_interpreters_option_makes_the_fallback_an_error():
+    """With the start of the message: Python reads -W before it could import a category of this package."""
+    code = "import sys; sys.modules['cupy'] = None; import gpuinit; gpuinit.he_normal(3, device='cuda')"
+    command = [sys.executable, "-W", "error:CUDA cannot be used", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "FallbackWarning: CUDA cannot be used" in done.stderr
+
+
 def test_no_device_asked_for_is_no_warning(broken):
     assert gpuinit.he_normal((5, 7), seed=1).tobytes() == EXPECTED
     assert gpuinit.he_normal((5, 7), seed=1, device="cpu").tobytes() == EXPECTED
@@ -293,6 +345,17 @@ def test_out_on_a_device_that_cannot_be_used_is_an_error(broken):
     with pytest.raises(RuntimeError, match=r"^out is on a CUDA device, but CUDA cannot be used: "):
         gpuinit.he_normal((5, 7), out=out)
     assert (out.host == 1).all()
+
+
+def test_a_device_without_memory_is_an_error_that_is_not_remembered(cupy_sim, monkeypatch):
+    def fail(self):
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy_sim.RawKernel, "compile", fail)
+        with pytest.raises(MemoryError, match="the CUDA device has no memory"):
+            gpuinit.he_normal((5, 7), seed=1)
+    assert isinstance(gpuinit.he_normal((5, 7), seed=1), cupy_sim.ndarray)
 
 
 def test_a_forked_child_looks_for_cuda_anew(cupy_sim, monkeypatch):

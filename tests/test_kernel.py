@@ -123,3 +123,45 @@ def test_the_launch_shape_is_one_that_devices_take():
 
 def test_the_kernel_needs_no_header():
     assert "#include" not in cuda.source()
+
+
+# What only a device compiles, and the host build cannot show, is read from the PTX.
+
+ROUNDING = """
+extern "C" __global__ void probe_rounding(float *given, uint32 *made)
+{
+    float first = given[0], second = given[1];
+    made[0] = round_to_float16(first, second);
+    made[1] = round_to_bfloat16(first, second);
+}
+"""
+
+
+def entry(ptx: str, name: str) -> str:
+    """The PTX of one kernel."""
+    return ptx.split(f".entry {name}(")[1].split(".entry")[0]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_keep_subnormal_numbers_and_the_bound_in_ptx(architecture):
+    ptx = compile_to_ptx(cuda.source(), cupy_options(architecture))
+    for name in ("float32", "float16", "bfloat16"):
+        operations = re.findall(r"\bmul\.\S+", entry(ptx, f"fill_{name}"))
+        assert operations.count("mul.rn.f32") >= 8  # four weights, normal or uniform
+        assert operations.count("mul.rn.ftz.sat.f32") >= 4
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_weight_is_rounded_into_the_low_half_in_ptx(architecture):
+    ptx = entry(compile_to_ptx(cuda.source() + ROUNDING, cupy_options(architecture)), "probe_rounding")
+    first, second = (
+        re.search(rf"ld\.global\S*\.f32\s+(%f\d+), \[%rd\d+{place}\]", ptx)[1] for place in ("", r"\+4")
+    )
+    if architecture >= 80:  # the first operand goes to the high half
+        assert re.search(rf"cvt\.rn\.f16x2\.f32 %r\d+, {second}, {first};", ptx)
+        assert re.search(rf"cvt\.rn\.bf16x2\.f32 %r\d+, {second}, {first};", ptx)
+    else:
+        halves = rf"cvt\.rn\.f16\.f32 low, {first}; cvt\.rn\.f16\.f32 high, {second};"
+        assert re.search(halves + r" mov\.b32 %r\d+, {low, high};", ptx)

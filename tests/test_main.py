@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
+import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import gpuinit
-from gpuinit.__main__ import main
+from gpuinit.__main__ import main, table
 
 KEYS = "device engine shape dtype seed seconds mean std kurtosis min max expected_std bound sha256"
 
@@ -65,6 +66,21 @@ def test_the_table_says_the_same_in_80_columns(device, capsys):
     assert rows["std"].split() == [f"{found['std']:.8f}", f"{math.sqrt(2 / 64):.8f}"]
     assert rows["max"].split() == [f"{found['max']:+.8f}", "<=", f"{found['bound']:+.8f}"]
     assert re.fullmatch(r"\d+\.\d+ billion samples/s, \d+\.\d+ GB/s", rows["rate"])
+
+
+def test_the_table_computes_its_rates_from_the_time():
+    numbers = dict.fromkeys(["mean", "std", "kurtosis", "min", "max", "expected_std", "bound"], 0.5)
+    given = {"device": "cpu", "engine": "numpy", "shape": [1000, 1000], "dtype": "float16", "seed": 1}
+    text = table({**given, **numbers, "seconds": 0.004, "sha256": "a"})
+    rows = dict(re.findall(r"^  (\w+) +(.+)$", text, re.MULTILINE))
+    assert rows["time"] == "4.000 ms"
+    assert rows["rate"] == "0.250 billion samples/s, 0.50 GB/s"
+
+
+def test_the_clock_stops_when_the_weights_are_made(monkeypatch, capsys):
+    """A device is still busy when the call returns: what waiting for it takes is part of the time."""
+    monkeypatch.setattr("gpuinit.__main__.synchronize", lambda weights: time.sleep(0.05))
+    assert report(capsys, "--shape", "9", "--device", "cpu")["seconds"] >= 0.05
 
 
 @pytest.mark.parametrize(

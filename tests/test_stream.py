@@ -78,6 +78,19 @@ def test_bfloat16_has_thousands_of_values(device):
     assert len(np.unique(device.numpy(w).view(np.uint16))) > 3000
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_lie_further_apart_than_32_bits_reach(device, dtype):
+    index = np.s_[:, 2**60 + 1 : 2**60 + 12]
+    keywords = {"seed": 7, "index": index, "dtype": dtype, "device": device.name}
+    part = device.numpy(gpuinit.uniform((3, 2**61), 0.3, **keywords))
+    for row, weights in enumerate(part):
+        elements = range(row * 2**61 + 2**60 + 1, row * 2**61 + 2**60 + 12)
+        expected = expected_uniform(elements, 7, None, 0.3)
+        if dtype == "float64":
+            expected = np.array([float(word64_of(i, 7)) * 2.0**-63 for i in elements]) * 0.3
+        assert weights.tobytes() == expected.tobytes()
+
+
 def test_the_stream_of_a_name_is_the_start_of_its_blake2b():
     from gpuinit.stream import parse_name
 
