@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,16 @@ def test_a_warm_call_compiles_reads_and_looks_for_nothing_again(cupy_sim, monkey
     monkeypatch.setattr(cupy_sim.runtime, "getDeviceCount", lambda: pytest.fail("looked for again"))
     weights = gpuinit.he_normal((8, 8), seed=1, device="cuda")
     assert weights.get().tobytes() == gpuinit.he_normal((8, 8), seed=1, device="cpu").tobytes()
+
+
+@pytest.mark.parametrize("spans", [1, 3, 32])  # at 32 the block number carries into its high word
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_a_row_may_go_from_one_span_of_blocks_to_the_next(device, dtype, spans):
+    blocks = int(re.search(r"#define SPAN (\w+)u", cuda.source())[1], 0)
+    border = spans * blocks * (2 if dtype == "float64" else 4)  # its element
+    keywords = {"seed": 5, "dtype": dtype, "index": slice(border - 1000, border + 1001)}
+    made = device.numpy(gpuinit.he_normal(2**40, device=device.name, **keywords))
+    assert made.tobytes() == gpuinit.he_normal(2**40, device="cpu", **keywords).tobytes()
 
 
 FIRST_CALL = """
