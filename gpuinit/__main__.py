@@ -18,6 +18,7 @@ import numpy as np
 
 import gpuinit
 from gpuinit import devices
+from gpuinit.backends import cpu
 from gpuinit.fans import fans, parent_std
 from gpuinit.initializers import DTYPES, parse_limit
 
@@ -50,7 +51,9 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     keywords: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
     if math.prod(shape) == 0:
         raise ValueError(f"shape must have at least one element, got {shape}")
-    gpuinit.he_normal((4, 4), **keywords)  # whatever a process pays once, such as compiling
+    # Whatever a process pays once, such as compiling, comes first.
+    on_cpu = synchronize(gpuinit.he_normal((4, 4), **keywords)) is devices.CPU
+    engine = cpu.engine(math.prod(shape), DTYPES[dtype]) if on_cpu else "cuda"
     start = time.perf_counter()
     weights = gpuinit.he_normal(shape, **keywords)
     number = synchronize(weights)
@@ -60,7 +63,7 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     limit = parse_limit("truncated_normal", "scale 2", parent_std(2, fan_in), DTYPES[dtype])
     return {
         "device": devices.describe_device(number),
-        "engine": "numpy" if number is devices.CPU else "cuda",
+        "engine": engine,
         "shape": list(shape),
         "dtype": dtype,
         "seed": seed,
