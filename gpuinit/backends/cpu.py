@@ -53,7 +53,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
 
 
 def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
-    if engine(out.size, out.dtype) == "numba" and out.flags.aligned:  # machine code reads no other
+    if engine(out.size, out.dtype) == "numba" and out.flags.aligned:  # which LLVM relies on
         fill_with_numba(out, runs, key, stream, distribution, limit)
     else:
         fill_with_numpy(out, runs, key, stream, distribution, limit)
@@ -129,7 +129,7 @@ def fill_with_numba(
 
     compiled_fill = compiled.kernel(out.dtype.name)
     _, bits_type, limit_type = compiled.ENTRIES[out.dtype.name]
-    bits = np.asarray(out).view(bits_type)
+    bits = out.view(bits_type)
     shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
     threads = max(1, min(thread_limit(), out.size // COMPILED_ELEMENTS_PER_THREAD))
 
@@ -158,12 +158,18 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
                 return
             yield tile
 
-    with ThreadPoolExecutor(threads) as pool:
-        workers = [pool.submit(work, draw()) for _ in range(threads)]
+    def draw_and_work() -> None:
         try:
-            for worker in workers:
+            work(draw())
+        finally:  # after an error, leave the other threads nothing to do
+            with lock:
+                tiles.close()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for worker in [pool.submit(draw_and_work) for _ in range(threads)]:
                 worker.result()
-        finally:  # after an error or Ctrl-C, leave the other threads nothing to do
+        finally:  # nor after Ctrl-C
             with lock:
                 tiles.close()
 
