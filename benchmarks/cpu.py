@@ -1,4 +1,4 @@
-"""gpuinit beside its peers on the CPU: pip install "gpuinit[bench]"; python benchmarks/cpu.py
+"""gpuinit beside its peers on the CPU: pip install "gpuinit[bench]" && python benchmarks/cpu.py
 
 Every peer that is installed runs in a process of its own, all on the same cores, one at a time and in turns:
 round by round each makes the array once, into memory of its own choice, and the medians are compared. Small
@@ -33,7 +33,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+CHECKOUT = Path(__file__).parent.parent
+RESULTS = CHECKOUT / "benchmarks" / "results"
 SHAPES = ((64, 64), (1024, 1024), (4096, 4096), (16384, 4096))
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TRUNCATED_STD = 0.87962566103423976
@@ -57,6 +58,7 @@ def gpuinit_numpy() -> Make:
 
 def gpuinit_with(engine: str) -> Make:
     os.environ["GPUINIT_CPU_ENGINE"] = engine
+    sys.path.insert(0, str(CHECKOUT))
     import gpuinit
 
     return lambda shape, dtype, seed: gpuinit.he_normal(shape, seed=seed, dtype=dtype, device="cpu")
@@ -159,7 +161,7 @@ PEERS: dict[str, tuple[Callable[[], Make], bool | None, Callable[[tuple[int, ...
     "bare fill": (bare_fill, None, lambda shape: math.inf),
 }
 OURS = "gpuinit, Numba engine"
-PACKAGES = ("gpuinit", "numpy", "numba", "jax", "keras", "torch", "scipy", "ml_dtypes")
+PACKAGES = ("numpy", "numba", "jax", "keras", "torch", "scipy", "ml_dtypes")
 
 
 # In the process of a peer
@@ -174,7 +176,7 @@ def serve(connection: Any, name: str) -> None:
         connection.send(str(error))
         return
     connection.send(None)
-    questions = {"seconds": seconds, "memory": memory, "values": values}
+    questions: dict[str, Callable[..., Any]] = {"seconds": seconds, "memory": memory, "values": values}
     while (question := connection.recv()) is not None:
         verb, *arguments = question
         connection.send(questions[verb](make, *arguments, std_of=std_of))
@@ -204,7 +206,7 @@ def memory(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> float
 
 def status(field: str) -> int:
     lines = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", lines, re.MULTILINE)[1]) * 1024
+    return 1024 * int(re.findall(rf"^{field}:\s+(\d+) kB", lines, re.MULTILINE)[0])
 
 
 def values(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def values(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[
     }
 
 
-def as_numpy(array: Any) -> np.ndarray:
+def as_numpy(array: Any) -> Any:
     if hasattr(array, "detach"):  # torch, whose NumPy knows no bfloat16
         import torch
 
@@ -255,18 +257,21 @@ class Worker:
         self.process.join()
 
 
-def measure(shapes: list, dtypes: list[str], rounds: int, budget: float, progress: Any) -> list[dict]:
+def measure(
+    shapes: list[tuple[int, ...]], dtypes: list[str], rounds: int, budget: float, progress: Any
+) -> list[dict[str, Any]]:
     workers = {name: Worker(name) for name in PEERS}
     for name in [name for name, worker in workers.items() if worker.missing]:
         progress.write(f"left out: {name} ({workers.pop(name).missing})")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc raises it by itself unless it is set
     for_memory = {name: Worker(name) for name in workers}
-    rows = []
+    rows: list[dict[str, Any]] = []
     progress.reset(len(shapes) * len(dtypes) * len(workers) * (rounds + 2))
     for shape in shapes:
         for dtype in dtypes:
             progress.set_description(f"{shape[0]}x{shape[1]} {dtype}")
-            calls, runs, times = {}, {}, {name: [] for name in workers}
+            calls, runs = {}, {}
+            times: dict[str, list[float]] = {name: [] for name in workers}
             for name, worker in workers.items():
                 worker.ask("seconds", shape, dtype, 0, 1)
                 once = worker.ask("seconds", shape, dtype, 1, 1)
@@ -281,7 +286,12 @@ def measure(shapes: list, dtypes: list[str], rounds: int, budget: float, progres
                         times[name].append(worker.ask("seconds", shape, dtype, turn, calls[name]))
                     progress.update()
             for name, worker in workers.items():
-                row = {"peer": name, "shape": shape, "dtype": dtype, "truncated": PEERS[name][1]}
+                row: dict[str, Any] = {
+                    "peer": name,
+                    "shape": shape,
+                    "dtype": dtype,
+                    "truncated": PEERS[name][1],
+                }
                 row |= {"seconds": statistics.median(times[name]), "all_seconds": times[name]}
                 row |= worker.ask("values", shape, dtype)
                 peak = for_memory[name].ask("memory", shape, dtype)
@@ -305,7 +315,7 @@ def busy_share(wait: float = 0.3) -> float | None:
     before = np.array(stat.read_text().split("\n", 1)[0].split()[1:9], float)
     time.sleep(wait)
     passed = np.array(stat.read_text().split("\n", 1)[0].split()[1:9], float) - before
-    return 1 - (passed[3] + passed[4]) / max(passed.sum(), 1)  # idle and waiting for a disk
+    return float(1 - (passed[3] + passed[4]) / max(passed.sum(), 1))  # idle and waiting for a disk
 
 
 FIRST_CALL = """
@@ -333,6 +343,7 @@ def first_calls(repeats: int = 5) -> dict[str, float]:
                 for kind in kinds:
                     folder = Path(cache) / f"{dtype}-{repeat}"
                     environment = os.environ | {"GPUINIT_CPU_ENGINE": engine, "NUMBA_CACHE_DIR": str(folder)}
+                    environment["PYTHONPATH"] = str(CHECKOUT)
                     command = [sys.executable, "-c", FIRST_CALL.format(dtype=dtype)]
                     run = subprocess.run(
                         command, env=environment, capture_output=True, text=True, check=False

@@ -10,8 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+CHECKOUT = str(Path(__file__).parent.parent)
+sys.path.insert(0, CHECKOUT)
 
 from gpuinit import quantile
 from gpuinit.backends import cpu
@@ -39,7 +44,7 @@ def once(engine: str, size: int, threads: int, dtype: str = "float32", **constan
             setattr(cpu, name, value)
 
 
-def medians(cases: dict[str, tuple]) -> dict[str, float]:
+def medians(cases: dict[str, Any]) -> dict[str, float]:
     found: dict[str, list[float]] = {label: [] for label in cases}
     for _ in range(ROUNDS + 1):
         for label, (arguments, constants) in cases.items():
@@ -47,7 +52,7 @@ def medians(cases: dict[str, tuple]) -> dict[str, float]:
     return {label: statistics.median(times[1:]) for label, times in found.items()}
 
 
-def show(title: str, cases: dict[str, tuple]) -> None:
+def show(title: str, cases: dict[str, Any]) -> None:
     print(f"\n{title}")
     for label, time_taken in medians(cases).items():
         print(f"  {label:>24}{time_taken:10.3f} ns an element", flush=True)
@@ -63,7 +68,7 @@ def seconds_to_load(engine: str) -> float:
         "import time, gpuinit; start = time.perf_counter(); "
         "gpuinit.he_normal((64, 64), device='cpu'); print(time.perf_counter() - start)"
     )
-    environment = os.environ | {"GPUINIT_CPU_ENGINE": engine}
+    environment = os.environ | {"GPUINIT_CPU_ENGINE": engine, "PYTHONPATH": CHECKOUT}
     command = [sys.executable, "-c", code]
     run = [subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True) for _ in range(6)]
     return statistics.median(float(done.stdout) for done in run[1:])

@@ -53,6 +53,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
 
 
 def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
+    out = out.reshape(-1)
     if engine(out.size, out.dtype) == "numba" and out.flags.aligned:  # which LLVM relies on
         fill_with_numba(out, runs, key, stream, distribution, limit)
     else:
