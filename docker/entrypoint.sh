@@ -5,8 +5,8 @@ set -eu
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    cuda) devices=cpu,cuda-sim,cuda ;;
-    cpu) devices=cpu,cuda-sim ;;
+    cuda) devices=cpu,cpu-numba,cuda-sim,cuda ;;
+    cpu) devices=cpu,cpu-numba,cuda-sim ;;
     *)
         echo "the first argument must be cuda or cpu (further ones go to pytest), got \"${1:-}\"" >&2
         exit 2

@@ -18,6 +18,7 @@ import numpy as np
 
 import gpuinit
 from gpuinit import devices
+from gpuinit.backends import cpu
 from gpuinit.fans import fans, parent_std
 from gpuinit.initializers import DTYPES, parse_limit
 
@@ -53,6 +54,7 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     # The first time pays for what is paid once: compiling, and the memory of the array.
     weights = gpuinit.he_normal(shape, **keywords)
     number = synchronize(weights)
+    engine = cpu.engine(math.prod(shape), DTYPES[dtype]) if number is devices.CPU else "cuda"
     start = time.perf_counter()
     gpuinit.he_normal(shape, seed=seed, out=weights)
     synchronize(weights)
@@ -62,7 +64,7 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     limit = parse_limit("truncated_normal", "scale 2", parent_std(2, fan_in), DTYPES[dtype])
     return {
         "device": devices.describe_device(number),
-        "engine": "numpy" if number is devices.CPU else "cuda",
+        "engine": engine,
         "shape": list(shape),
         "dtype": dtype,
         "seed": seed,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import product
 from math import prod
 from types import EllipsisType
 from typing import NamedTuple, SupportsIndex
@@ -152,6 +151,16 @@ def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ..
     if len(joined) == 1:
         joined.append((1, 0))
     (count, _), (rows, row_stride), *outer = joined
-    steps = [range(0, length * stride, stride) for length, stride in reversed(outer)]
-    for path in product(*steps):
-        yield Run(offset + sum(path), count, rows, row_stride)
+    for further in walk(outer):
+        yield Run(offset + further, count, rows, row_stride)
+
+
+def walk(axes: list[tuple[int, int]]) -> Iterator[int]:
+    """The places that these axes, (length, stride), innermost first, lead to, in row-major order."""
+    if not axes:
+        yield 0
+        return
+    *inner, (length, stride) = axes
+    for i in range(length):
+        for further in walk(inner):
+            yield i * stride + further

@@ -1,12 +1,13 @@
 """One suite for every device. A test that takes `device` runs on each, and never asks which it is.
 
-GPUINIT_TEST_DEVICES=cpu,cuda-sim,cuda chooses. A device that was asked for and is missing fails the run; one
-that was not asked for is a visible skip. Unset, every device that is here is used.
+GPUINIT_TEST_DEVICES=cpu,cpu-numba,cuda-sim,cuda chooses. A device that was asked for and is missing fails the
+run; one that was not asked for is a visible skip. Unset, every device that is here is used.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import os
 import sys
@@ -20,9 +21,9 @@ import numpy as np
 import pytest
 
 from gpuinit import devices, quantile
-from gpuinit.backends import cuda
+from gpuinit.backends import cpu, cuda
 
-NAMES = ("cpu", "cuda-sim", "cuda")
+NAMES = ("cpu", "cpu-numba", "cuda-sim", "cuda")
 
 hypothesis.settings.register_profile(
     "gpuinit",
@@ -65,7 +66,7 @@ extern "C" __global__ void probe_truncated_normal64(uint4 *words, double2 *sampl
 
 
 class Cpu:
-    """The CPU, seen by the tests."""
+    """The CPU and its NumPy engine, seen by the tests."""
 
     name = "cpu"
 
@@ -104,6 +105,56 @@ class Cpu:
         scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
         u = quantile.uniform64(scratch.even, scratch.odd, scratch.u)
         return quantile.truncated_normal64(u, scratch).T.copy()
+
+
+class CpuNumba(Cpu):
+    """The CPU and its Numba engine, seen by the tests."""
+
+    def philox4x32(self, blocks: list[int], streams: list[int], keys: list[int]) -> np.ndarray:
+        rows = np.array([blocks, streams, keys], np.uint64).T.copy()
+        words = np.empty((len(rows), 4), np.uint32)
+        numba_probes()["philox4x32"](rows, words)
+        return words
+
+    def truncated_normal(self, words: np.ndarray) -> np.ndarray:
+        samples = np.empty((len(words), 4), np.float32)
+        numba_probes()["truncated_normal"](words.astype(np.uint32), samples)
+        return samples
+
+    def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
+        samples = np.empty((len(words), 2), np.float64)
+        numba_probes()["truncated_normal64"](words.astype(np.uint32), samples)
+        return samples
+
+
+@functools.cache
+def numba_probes() -> dict[str, Any]:
+    """The compiled engine's own functions, called one by one."""
+    import numba
+
+    from gpuinit import compiled
+
+    def philox4x32(counters_and_keys: Any, words: Any) -> None:
+        for i in range(len(words)):
+            row = counters_and_keys[i]
+            words[i, 0], words[i, 1], words[i, 2], words[i, 3] = compiled.philox4x32(row[0], row[1], row[2])
+
+    def truncated_normal(words: Any, samples: Any) -> None:
+        for i in range(len(words)):
+            samples[i, 0], samples[i, 1], samples[i, 2], samples[i, 3] = compiled.truncated_normal(
+                compiled.uniform(words[i, 0]),
+                compiled.uniform(words[i, 1]),
+                compiled.uniform(words[i, 2]),
+                compiled.uniform(words[i, 3]),
+            )
+
+    def truncated_normal64(words: Any, samples: Any) -> None:
+        for i in range(len(words)):
+            samples[i, 0] = compiled.truncated_normal64(compiled.uniform64(words[i, 0], words[i, 1]))
+            samples[i, 1] = compiled.truncated_normal64(compiled.uniform64(words[i, 2], words[i, 3]))
+
+    probes = (philox4x32, truncated_normal, truncated_normal64)
+    return {probe.__name__: numba.njit(error_model="numpy")(probe) for probe in probes}
 
 
 class Cuda:
@@ -154,6 +205,8 @@ def forget() -> None:
 
 def missing(name: str) -> str | None:
     """Why a test device is not here; None if it is."""
+    if name == "cpu-numba":
+        return cpu.numba_problem()
     if name == "cuda-sim":
         return None if host_build.compiler() else "no C++ compiler. Install g++"
     if name == "cuda":
@@ -191,6 +244,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
+@pytest.fixture(autouse=True)
+def numpy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the tests run the NumPy engine, unless the device or the test is about the other."""
+    monkeypatch.setenv("GPUINIT_CPU_ENGINE", "numpy")
+
+
 @pytest.fixture
 def cupy_sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in CuPy, in place of the real one."""
@@ -206,12 +265,15 @@ def cupy_sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(params=NAMES)
-def device(request: pytest.FixtureRequest) -> Iterator[Any]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     name = request.param
     if REASONS[name]:
         pytest.skip(f"{name}: {REASONS[name]}")
     if name == "cpu":
         yield Cpu()
+    elif name == "cpu-numba":
+        monkeypatch.setenv("GPUINIT_CPU_ENGINE", "numba")
+        yield CpuNumba()
     elif name == "cuda-sim":
         yield Cuda(request.getfixturevalue("cupy_sim"))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import gpuinit
 from gpuinit import quantile
 from gpuinit.backends import cpu
-from gpuinit.stream import Run
+from gpuinit.stream import Run, runs
 
 MOST_BEYOND_OUT = 16 * 2**20
 
@@ -36,6 +37,17 @@ def test_memory_beyond_the_output_is_bounded(monkeypatch, threads, dtype):
     assert peak_beyond(out, [Run(0, out.size, 1, 0)]) < MOST_BEYOND_OUT
     assert peak_beyond(out, [Run(3, 2**10, 2**15, 2**20 + 1)]) < MOST_BEYOND_OUT
     assert peak_beyond(out[: 2**20], [Run(3, 1, 2**20, 7)]) < MOST_BEYOND_OUT
+
+
+def test_walking_a_part_of_many_axes_takes_no_memory():
+    shape, cut = (2**22, 3, 3, 3), (2**22, 2, 2, 2)
+    tracemalloc.start()
+    try:
+        places = [run.offset for run in itertools.islice(runs(shape, (0, 0, 0, 0), cut), 5)]
+        assert tracemalloc.get_traced_memory()[1] < 2**16
+    finally:
+        tracemalloc.stop()
+    assert places == [0, 9, 27, 36, 54]
 
 
 def test_a_temporary_of_the_outputs_size_is_seen(monkeypatch):

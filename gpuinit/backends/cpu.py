@@ -1,10 +1,15 @@
-"""NumPy arrays, filled tile by tile on the cores that the process may use."""
+"""NumPy arrays, filled tile by tile on all cores that the process may use, by one of two engines.
+
+"numpy" is always there. "numba" runs the same sampler compiled, some ten times faster, and has to be loaded
+first. They write the same bits, so which one runs is a matter of time alone: see `engine`.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +27,18 @@ SCRATCH_BYTES = 14 * 2**20  # of all threads together
 MOST_THREADS = SCRATCH_BYTES // (BYTES_PER_BLOCK * BLOCKS_ALONE)  # 9; with less scratch each, more are slower
 ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
+# The same for Numba's engine, which needs no scratch and lets go of the interpreter lock for a whole tile.
+COMPILED_ELEMENTS_AT_ONCE = 2**18
+COMPILED_ELEMENTS_PER_THREAD = 2**19
+
+# Loading Numba takes as long as the NumPy engine takes for so many elements. It is loaded once a process has
+# made as many, so that no process spends more than twice the time it had to; and never for a small array.
+ELEMENTS_TO_REPAY = 2**25
+SMALL = 2**18
+
+elements_made = 0  # by the NumPy engine in this process; near enough where threads race
+compiled_dtypes: set[str] = set()  # those whose compiled function is loaded
+
 
 class Tile(NamedTuple):
     """Rows of `out` that start at the same place of a Philox block, small enough for the scratch."""
@@ -37,6 +54,55 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
 
 def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
     out = out.reshape(-1)
+    if engine(out.size, out.dtype) == "numba" and out.flags.aligned:  # which LLVM relies on
+        fill_with_numba(out, runs, key, stream, distribution, limit)
+    else:
+        fill_with_numpy(out, runs, key, stream, distribution, limit)
+
+
+def engine(size: int, dtype: np.dtype) -> str:
+    """The engine that makes an array of this size now, loaded: "numpy" or "numba".
+
+    GPUINIT_CPU_ENGINE decides; without it, Numba's is taken where it is loaded for the dtype already, or
+    where loading it pays.
+    """
+    setting = os.environ.get("GPUINIT_CPU_ENGINE")
+    if setting not in (None, "numpy", "numba"):
+        raise ValueError(f"GPUINIT_CPU_ENGINE must be numpy or numba, got {setting!r}")
+    if setting is None and dtype.name not in compiled_dtypes:
+        pays = size >= SMALL and elements_made + size >= ELEMENTS_TO_REPAY
+        setting = "numba" if pays and numba_problem() is None else "numpy"
+    if setting == "numpy":
+        return "numpy"
+    problem = numba_problem()
+    if problem is not None:
+        raise ImportError(f"GPUINIT_CPU_ENGINE is numba, but {problem}")
+    from gpuinit import compiled
+
+    compiled.kernel(dtype.name)
+    compiled_dtypes.add(dtype.name)
+    return "numba"
+
+
+@cache
+def numba_problem() -> str | None:
+    """Why Numba cannot be used, with the remedy; None where it can."""
+    try:
+        from gpuinit import compiled  # noqa: F401
+    except Exception as error:  # Numba refuses a NumPy that is newer than it knows
+        if isinstance(error, ImportError) and error.name == "numba":
+            return 'Numba is not installed. To install it: pip install "gpuinit[cpu]"'
+        return (
+            f"importing Numba failed ({type(error).__name__}: {error}). "
+            'To reinstall it: pip install --upgrade "gpuinit[cpu]"'
+        )
+    return None
+
+
+def fill_with_numpy(
+    out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float
+) -> None:
+    global elements_made
     sample_type = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
     lanes = 16 // sample_type.itemsize
     threads = max(1, min(thread_limit(), MOST_THREADS, out.size // ELEMENTS_PER_THREAD))
@@ -44,34 +110,69 @@ def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: i
     if threads > 1:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size // lanes + 2)
-    remaining = tiles(out, runs, lanes, blocks_at_once)
     keys = quantile.round_keys(key)
-    lock = threading.Lock()
 
-    def work() -> None:
+    def work(mine: Iterator[Tile]) -> None:
         memory = quantile.make_memory(blocks_at_once)
         # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
         with np.errstate(all="ignore"):
-            while True:
-                with lock:
-                    tile = next(remaining, None)
-                if tile is None:
-                    return
+            for tile in mine:
                 fill_tile(tile, sample_type, keys, stream, distribution, limit, memory)
 
+    share(tiles(out, runs, lanes, blocks_at_once), threads, work)
+    elements_made += out.size
+
+
+def fill_with_numba(
+    out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float
+) -> None:
+    from gpuinit import compiled
+
+    compiled_fill = compiled.kernel(out.dtype.name)
+    _, bits_type, limit_type = compiled.ENTRIES[out.dtype.name]
+    bits = out.view(bits_type)
+    shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
+    threads = max(1, min(thread_limit(), out.size // COMPILED_ELEMENTS_PER_THREAD))
+
+    def work(mine: Iterator[Tile]) -> None:
+        for tile in mine:
+            compiled_fill(tile.out, np.uint64(tile.first), np.uint64(tile.row_stride), *shared)
+
+    # The compiled rows need not start at the same place of a block: one lane is all there is to keep in step.
+    share(tiles(bits, runs, 1, COMPILED_ELEMENTS_AT_ONCE), threads, work)
+
+
+def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]], None]) -> None:
+    """Do the work on so many threads, each of which draws the next tile when it is free."""
     if threads == 1:
-        work()
+        work(tiles)
         return
     from concurrent.futures import ThreadPoolExecutor  # here, as it is slow to import
 
-    with ThreadPoolExecutor(threads) as pool:
-        workers = [pool.submit(work) for _ in range(threads)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:  # after an error or Ctrl-C, leave the other threads nothing to do
+    lock = threading.Lock()
+
+    def draw() -> Iterator[Tile]:
+        while True:
             with lock:
-                remaining.close()
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            yield tile
+
+    def draw_and_work() -> None:
+        try:
+            work(draw())
+        finally:  # after an error, leave the other threads nothing to do
+            with lock:
+                tiles.close()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for worker in [pool.submit(draw_and_work) for _ in range(threads)]:
+                worker.result()
+        finally:  # nor after Ctrl-C
+            with lock:
+                tiles.close()
 
 
 def tiles(out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: int) -> Generator[Tile]:

@@ -1,0 +1,471 @@
+"""gpuinit beside its peers on the CPU: pip install "gpuinit[bench]" && python benchmarks/cpu.py
+
+Every peer that is installed runs in a process of its own, all on the same cores, one at a time and in turns:
+round by round each makes the array once, into memory of its own choice, and the medians are compared. Small
+arrays are made many times a round. A peer that would take longer than --budget seconds runs fewer rounds; the
+table says so. Before the rounds each peer makes the array twice, unmeasured, so that it has compiled.
+
+Peak memory is what the process holds at most during a call beyond what it held before and beyond the array
+itself. It is measured in another process, where malloc returns what is freed, and on Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+CHECKOUT = Path(__file__).parent.parent
+RESULTS = CHECKOUT / "benchmarks" / "results"
+SHAPES = ((64, 64), (1024, 1024), (4096, 4096), (16384, 4096))
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+TRUNCATED_STD = 0.87962566103423976
+SECONDS_A_ROUND = 2e-3  # an array that takes less is made more than once
+PAUSE = 0.02  # for the threads of the peer before to go to sleep
+QUIET = 0.1  # of the cores, busy with others' work: more is reported
+
+Make = Callable[[tuple[int, ...], str, int], Any]
+
+
+# The peers: each function imports what it needs and returns one that makes an array, done when it returns.
+
+
+def gpuinit_numba() -> Make:
+    return gpuinit_with("numba")
+
+
+def gpuinit_numpy() -> Make:
+    return gpuinit_with("numpy")
+
+
+def gpuinit_with(engine: str) -> Make:
+    os.environ["GPUINIT_CPU_ENGINE"] = engine
+    sys.path.insert(0, str(CHECKOUT))
+    import gpuinit
+
+    return lambda shape, dtype, seed: gpuinit.he_normal(shape, seed=seed, dtype=dtype, device="cpu")
+
+
+def jax_he_normal() -> Make:
+    import jax
+
+    initializer = jax.nn.initializers.he_normal()
+    make = jax.jit(lambda seed, *rest: initializer(jax.random.key(seed), *rest), static_argnums=(1, 2))
+    return lambda shape, dtype, seed: make(seed, shape, dtype).block_until_ready()
+
+
+def keras_on_jax() -> Make:
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax  # noqa: F401
+    import keras
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        return keras.initializers.HeNormal(seed)(shape, dtype=dtype).block_until_ready()
+
+    return make
+
+
+def keras_on_torch() -> Make:
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+    import torch  # noqa: F401
+
+    return lambda shape, dtype, seed: keras.initializers.HeNormal(seed)(shape, dtype=dtype)
+
+
+def torch_trunc_normal() -> Make:
+    import torch
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        torch.manual_seed(seed)
+        std = parent_std(shape)
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std)
+
+    return make
+
+
+def torch_kaiming_normal() -> Make:
+    import torch
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        torch.manual_seed(seed)
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu")
+
+    return make
+
+
+def numpy_standard_normal() -> Make:
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        w = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        return w.astype(DTYPES[dtype], copy=False)
+
+    return make
+
+
+def scipy_truncnorm() -> Make:
+    from scipy.stats import truncnorm
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        return truncnorm.rvs(-2, 2, size=shape, random_state=seed).astype(DTYPES[dtype])
+
+    return make
+
+
+def bare_fill() -> Make:
+    """What memory itself costs: one value, written by NumPy in one thread."""
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        bits = np.empty(shape, f"u{DTYPES[dtype].itemsize}")
+        bits.fill(seed)
+        return bits.view(DTYPES[dtype])
+
+    return make
+
+
+def parent_std(shape: tuple[int, ...]) -> float:
+    """The standard deviation of He's normal before it is truncated; fan_in is the first axis."""
+    return math.sqrt(2 / shape[0]) / TRUNCATED_STD
+
+
+# Name in the table, distribution, and the standard deviation of the normal that it is, or is cut from.
+PEERS: dict[str, tuple[Callable[[], Make], bool | None, Callable[[tuple[int, ...]], float]]] = {
+    "gpuinit, Numba engine": (gpuinit_numba, True, parent_std),
+    "gpuinit, NumPy engine": (gpuinit_numpy, True, parent_std),
+    "jax he_normal, jitted": (jax_he_normal, True, parent_std),
+    "keras HeNormal on jax": (keras_on_jax, True, parent_std),
+    "keras HeNormal on torch": (keras_on_torch, True, parent_std),
+    "torch trunc_normal_": (torch_trunc_normal, True, parent_std),
+    "torch kaiming_normal_": (torch_kaiming_normal, False, lambda shape: math.sqrt(2 / shape[0])),
+    "numpy standard_normal": (numpy_standard_normal, False, lambda shape: 1.0),
+    "scipy truncnorm.rvs": (scipy_truncnorm, True, lambda shape: 1.0),
+    "bare fill": (bare_fill, None, lambda shape: math.inf),
+}
+OURS = "gpuinit, Numba engine"
+PACKAGES = ("numpy", "numba", "jax", "keras", "torch", "scipy", "ml_dtypes")
+
+
+# In the process of a peer
+
+
+def serve(connection: Any, name: str) -> None:
+    """Answer questions about a peer until told to stop."""
+    build, _, std_of = PEERS[name]
+    try:
+        make = build()
+    except ImportError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    questions: dict[str, Callable[..., Any]] = {"seconds": seconds, "memory": memory, "values": values}
+    while (question := connection.recv()) is not None:
+        verb, *arguments = question
+        connection.send(questions[verb](make, *arguments, std_of=std_of))
+
+
+def seconds(make: Make, shape: tuple[int, ...], dtype: str, seed: int, calls: int, std_of: Any) -> float:
+    """The seconds that an array takes, as the mean of some calls."""
+    start = time.perf_counter()
+    for call in range(calls):
+        make(shape, dtype, seed + call)
+    return (time.perf_counter() - start) / calls
+
+
+def memory(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> float | None:
+    """Peak memory during one call beyond the array, in MiB."""
+    make(shape, dtype, 0)
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = status("VmRSS")
+        array = make(shape, dtype, 1)
+        beyond = status("VmHWM") - before
+    except OSError:
+        return None
+    return float(beyond - as_numpy(array).nbytes) / 2**20
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"^{field}:\s+(\d+) kB", lines, re.MULTILINE)[0])
+
+
+def values(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[str, Any]:
+    """How far the samples go, in standard deviations, and how many values there are among them."""
+    array = as_numpy(make(shape, dtype, 1))
+    farthest = float(np.abs(array.reshape(-1)).max())
+    two_sigma = float(np.asarray(2 * std_of(shape)).astype(DTYPES[dtype]))
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return {
+        "beyond_two_sigma": farthest > two_sigma * (1 + 1e-6),
+        "farthest_in_sigmas": farthest / std_of(shape),
+        "distinct_values": np.unique(bits).size if dtype == "bfloat16" else None,
+    }
+
+
+def as_numpy(array: Any) -> Any:
+    if hasattr(array, "detach"):  # torch, whose NumPy knows no bfloat16
+        import torch
+
+        array = array.detach()
+        if array.dtype == torch.bfloat16:
+            return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return array.numpy()
+    return np.asarray(array)
+
+
+# In the process that measures
+
+
+class Worker:
+    """The process of a peer."""
+
+    def __init__(self, name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, name), daemon=True)
+        self.process.start()
+        other.close()
+        self.missing = self.connection.recv()
+
+    def ask(self, *question: Any) -> Any:
+        self.connection.send(question)
+        return self.connection.recv()
+
+    def stop(self) -> None:
+        if self.missing is None:
+            self.connection.send(None)
+        self.process.join()
+
+
+def measure(
+    shapes: list[tuple[int, ...]], dtypes: list[str], rounds: int, budget: float, progress: Any
+) -> list[dict[str, Any]]:
+    workers = {name: Worker(name) for name in PEERS}
+    for name in [name for name, worker in workers.items() if worker.missing]:
+        progress.write(f"left out: {name} ({workers.pop(name).missing})")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc raises it by itself unless it is set
+    for_memory = {name: Worker(name) for name in workers}
+    rows: list[dict[str, Any]] = []
+    progress.reset(len(shapes) * len(dtypes) * len(workers) * (rounds + 2))
+    for shape in shapes:
+        for dtype in dtypes:
+            progress.set_description(f"{shape[0]}x{shape[1]} {dtype}")
+            calls, runs = {}, {}
+            times: dict[str, list[float]] = {name: [] for name in workers}
+            for name, worker in workers.items():
+                worker.ask("seconds", shape, dtype, 0, 1)
+                once = worker.ask("seconds", shape, dtype, 1, 1)
+                calls[name] = max(1, math.ceil(SECONDS_A_ROUND / once))
+                runs[name] = max(1, min(rounds, int(budget / once)))
+                progress.update()
+            busy = busy_share()
+            for turn in range(rounds):
+                for name, worker in workers.items():
+                    if turn < runs[name]:
+                        time.sleep(PAUSE)
+                        times[name].append(worker.ask("seconds", shape, dtype, turn, calls[name]))
+                    progress.update()
+            for name, worker in workers.items():
+                row: dict[str, Any] = {
+                    "peer": name,
+                    "shape": shape,
+                    "dtype": dtype,
+                    "truncated": PEERS[name][1],
+                }
+                row |= {"seconds": statistics.median(times[name]), "all_seconds": times[name]}
+                row |= worker.ask("values", shape, dtype)
+                peak = for_memory[name].ask("memory", shape, dtype)
+                rows.append(row | {"peak_extra_mib": peak, "busy_before": busy})
+                progress.update()
+    for worker in (*workers.values(), *for_memory.values()):
+        worker.stop()
+    for row in rows:
+        group = [r for r in rows if (r["shape"], r["dtype"]) == (row["shape"], row["dtype"])]
+        ours = next((r for r in group if r["peer"] == OURS), group[0])
+        row["ratio"] = row["seconds"] / ours["seconds"]
+        row["samples_per_second"] = math.prod(row["shape"]) / row["seconds"]
+    return rows
+
+
+def busy_share(wait: float = 0.3) -> float | None:
+    """The share of the machine's cores that is busy while nothing is asked of the peers."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    before = np.array(stat.read_text().split("\n", 1)[0].split()[1:9], float)
+    time.sleep(wait)
+    passed = np.array(stat.read_text().split("\n", 1)[0].split()[1:9], float) - before
+    return float(1 - (passed[3] + passed[4]) / max(passed.sum(), 1))  # idle and waiting for a disk
+
+
+FIRST_CALL = """
+import time
+start = time.perf_counter()
+import gpuinit
+imported = time.perf_counter()
+from gpuinit.backends import cpu
+gpuinit.he_normal((64, 64), seed=0, dtype={dtype!r}, device="cpu")
+print(imported - start, time.perf_counter() - imported)
+"""
+
+
+def first_calls(repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of `import gpuinit` and of a process's first he_normal((64, 64)), medians."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for repeat in range(repeats):
+            for engine, dtype, label in (
+                ("numpy", "float32", "first call, NumPy engine"),
+                ("numba", "float32", "first call, Numba engine, float32"),
+                ("numba", "bfloat16", "first call, Numba engine, bfloat16"),
+            ):
+                kinds = ["compiling", "from the cache"] if engine == "numba" else [""]
+                for kind in kinds:
+                    folder = Path(cache) / f"{dtype}-{repeat}"
+                    environment = os.environ | {"GPUINIT_CPU_ENGINE": engine, "NUMBA_CACHE_DIR": str(folder)}
+                    environment["PYTHONPATH"] = str(CHECKOUT)
+                    command = [sys.executable, "-c", FIRST_CALL.format(dtype=dtype)]
+                    run = subprocess.run(
+                        command, env=environment, capture_output=True, text=True, check=False
+                    )
+                    if run.returncode:
+                        continue  # no Numba
+                    imported, first = map(float, run.stdout.split())
+                    found.setdefault("import gpuinit", []).append(imported * 1e3)
+                    found.setdefault(f"{label}, {kind}".rstrip(", "), []).append(first * 1e3)
+    return {label: statistics.median(times) for label, times in found.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    names = re.findall(r"^model name\s*: (.+)$", read("/proc/cpuinfo"), re.MULTILINE)
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person, in 80 columns."""
+    machine = report["machine"]
+    lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}"]
+    lines.append(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    groups = dict.fromkeys((row["shape"], row["dtype"]) for row in report["rows"])
+    for shape, dtype in groups:
+        rows = [row for row in report["rows"] if (row["shape"], row["dtype"]) == (shape, dtype)]
+        title = f"{shape[0]}x{shape[1]} {dtype}"
+        lines += ["", f"{title:24}{'ms':>10}{'G/s':>7}{'ratio':>8}{'+MiB':>8}{'cut':>5}{'>2sd':>6}"]
+        lines[-1] += f"{'values':>9}" if dtype == "bfloat16" else ""
+        for row in rows:
+            mark = "*" if len(row["all_seconds"]) < report["rounds"] else " "
+            lines.append(
+                f"{row['peer']:24}{row['seconds'] * 1e3:10.3f}{row['samples_per_second'] / 1e9:7.3f}"
+                f"{row['ratio']:8.2f}{number(row['peak_extra_mib']):>8}"
+                f"{yes(row['truncated']):>5}{yes(row['beyond_two_sigma'], row['truncated']):>6}"
+                + (f"{row['distinct_values']:9}" if dtype == "bfloat16" else "")
+                + mark
+            )
+            lines[-1] = lines[-1].rstrip()
+        if rows[0]["busy_before"] is not None and rows[0]["busy_before"] > QUIET:
+            lines.append(f"the cores were {rows[0]['busy_before']:.0%} busy with other work: run it again")
+    lines += ["", f"medians of {report['rounds']} rounds (*fewer: a slow peer); ratio: time over ours"]
+    lines += ["+MiB: peak memory beyond the array; cut: truncated at two standard deviations"]
+    lines += [">2sd: a sample lies beyond them; values: how many distinct ones"]
+    if report["first_calls_ms"]:
+        lines += ["", "once a process (ms)"]
+        lines += [f"{label:52}{time:10.1f}" for label, time in report["first_calls_ms"].items()]
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{max(value, 0):.1f}"
+
+
+def yes(value: bool | None, known: bool | None = True) -> str:
+    return "-" if value is None or known is None else "yes" if value else "no"
+
+
+def chart(report: dict[str, Any], shape: tuple[int, ...], path: Path) -> None:
+    """Bars of the time that every peer takes for one shape."""
+    import matplotlib.pyplot as plt
+
+    machine = report["machine"]
+    figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, dtype in zip(np.atleast_1d(axes), report["dtypes"], strict=True):
+        rows = [r for r in report["rows"] if (r["shape"], r["dtype"]) == (shape, dtype)][::-1]
+        names = [
+            row["peer"] + ("" if row["truncated"] in (True, None) else " (not truncated)") for row in rows
+        ]
+        times = [row["seconds"] * 1e3 for row in rows]
+        colors = ["#d9480f" if row["peer"].startswith("gpuinit") else "#868e96" for row in rows]
+        bars = axis.barh(names, times, color=colors)
+        axis.bar_label(bars, [f"{t:.3g} ms" for t in times], padding=3)
+        axis.set_xscale("log")
+        axis.set_xlim(right=max(times) * 8)
+        axis.set_title(f"{shape[0]} x {shape[1]} {dtype}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("milliseconds, logarithmic")
+    figure.suptitle(f"One array of weights: {machine['cpu']}, {machine['cores']} cores, {machine['date']}")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="gpuinit beside its peers on the CPU")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=10, help="seconds for one peer, shape and dtype")
+    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="MxN")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file and chart")
+    options = parser.parse_args()
+    from tqdm import tqdm
+
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    machine = describe_machine()
+    with tqdm(total=1) as progress:
+        rows = measure(shapes, options.dtypes, options.rounds, options.budget, progress)
+    report = {"machine": machine, "rounds": options.rounds, "dtypes": options.dtypes}
+    report |= {"rows": rows, "first_calls_ms": first_calls()}
+    print(table(report))
+    slug = re.sub(r"\W+", "-", f"{machine['cpu']} {machine['cores']} cores").strip("-").lower()
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"cpu-{slug}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    chart(report, (4096, 4096) if (4096, 4096) in shapes else shapes[-1], path.with_suffix(".png"))
+    print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()
