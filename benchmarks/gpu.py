@@ -284,10 +284,12 @@ def measure_gpuinit() -> Iterator[Measurement]:
 
         yield {"call": "he_normal, column shard", **timed(shard, cupy_elapsed, SHARD_SHAPE, dtype)}
     # How the size of the grid matters, for whoever tunes it.
-    usual = cuda.BLOCKS_PER_MULTIPROCESSOR
+    import cupy
+
+    usual, multiprocessors = cuda.resident_blocks, cupy.cuda.Device().attributes["MultiProcessorCount"]
     try:
         for blocks in (2, 4, 5, 6, 8, 16, 32):
-            cuda.BLOCKS_PER_MULTIPROCESSOR = blocks
+            cuda.resident_blocks = lambda device, dtype, n=blocks * multiprocessors: n  # type: ignore[assignment]
             for dtype in PEER_DTYPES:
                 outs = cupy_arrays(LARGEST, dtype)
 
@@ -299,7 +301,7 @@ def measure_gpuinit() -> Iterator[Measurement]:
                     **timed(grid, cupy_elapsed, LARGEST, dtype),
                 }
     finally:
-        cuda.BLOCKS_PER_MULTIPROCESSOR = usual
+        cuda.resident_blocks = usual
 
 
 def measure_torch() -> Iterator[Measurement]:

@@ -195,12 +195,14 @@ class Cuda:
         return self.probe("probe_truncated_normal64", words.astype(np.uint32), result)
 
 
+REMEMBERED = (devices.find_cuda_problem, cuda.kernel, cuda.resident_blocks)
+
+
 def forget() -> None:
     """Make gpuinit look for CUDA anew."""
-    devices.find_cuda_problem.cache_clear()
+    for function in REMEMBERED:
+        function.cache_clear()
     devices.fallback_warned = False
-    cuda.kernel.cache_clear()
-    cuda.multiprocessors.cache_clear()
 
 
 def missing(name: str) -> str | None:

@@ -35,7 +35,11 @@ class CUDARuntimeError(RuntimeError):
 class Device:
     def __init__(self, number: int | None = None) -> None:
         self.id = current[-1] if number is None else int(number)
-        self.attributes = {"MultiProcessorCount": MULTIPROCESSORS}
+        self.attributes = {
+            "MultiProcessorCount": MULTIPROCESSORS,
+            "MaxThreadsPerMultiProcessor": 2048,
+            "MaxRegistersPerMultiprocessor": 65536,
+        }
 
     def __enter__(self) -> Device:
         if not 0 <= self.id < COUNT:
@@ -129,6 +133,8 @@ SCALARS = {
 
 
 class RawKernel:
+    num_regs = 46
+
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()) -> None:
         self.code, self.name, self.options = code, name, options
 

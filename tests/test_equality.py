@@ -85,7 +85,7 @@ def test_a_length_is_a_prefix_of_a_greater_one(device, dtype):
 def test_block_and_grid_do_not_matter(device, monkeypatch, threads, blocks):
     expected = {dtype: whole((37, 1003), seed=16, dtype=dtype) for dtype in DTYPES}
     monkeypatch.setattr(cuda, "THREADS_PER_BLOCK", threads)
-    monkeypatch.setattr(cuda, "BLOCKS_PER_MULTIPROCESSOR", blocks)
+    monkeypatch.setattr(cuda, "resident_blocks", lambda device, dtype: blocks)
     monkeypatch.setattr(cpu, "BLOCKS_ALONE", threads // 31)
     for dtype in DTYPES:
         keywords = {"seed": 16, "dtype": dtype, "device": device.name}

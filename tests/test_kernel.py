@@ -118,7 +118,29 @@ def test_the_launch_shape_is_one_that_devices_take():
                 assert block[0] * block[1] == cuda.THREADS_PER_BLOCK
                 assert 1 <= grid[0] < 2**31
                 assert 1 <= grid[1] <= 65535
-                assert grid[0] * grid[1] <= 2 * 132 * 8
+                assert grid[0] * grid[1] <= 132 * 8
+
+
+def test_the_grid_is_as_many_blocks_as_the_device_holds_at_once(cupy_sim, monkeypatch):
+    from gpuinit.stream import Run
+
+    assert cuda.resident_blocks(0, "float32") == 5 * cupy_sim.MULTIPROCESSORS  # 46 registers count as 48
+    large = Run(0, 2**30, 1, 0)
+    assert cuda.launch_shape(large, 4, 660) == ((660, 1), (256, 1))
+    cuda.resident_blocks.cache_clear()
+    monkeypatch.setattr(cupy_sim.RawKernel, "num_regs", 255)
+    assert cuda.resident_blocks(0, "float32") == cupy_sim.MULTIPROCESSORS
+    cuda.resident_blocks.cache_clear()
+    monkeypatch.setattr(cupy_sim.RawKernel, "num_regs", 16)
+    assert cuda.resident_blocks(0, "float32") == 8 * cupy_sim.MULTIPROCESSORS  # no more threads than 2048
+
+
+def test_the_threads_of_a_block_fit_the_row():
+    from gpuinit.stream import Run
+
+    assert cuda.launch_shape(Run(0, 128, 1000, 512), 4, 660) == ((1, 125), (32, 8))
+    assert cuda.launch_shape(Run(0, 4096, 16384, 16384), 4, 660) == ((4, 165), (256, 1))
+    assert cuda.launch_shape(Run(0, 1, 10**6, 7), 4, 660) == ((1, 660), (1, 256))
 
 
 def test_the_kernel_needs_no_header():

@@ -19,7 +19,6 @@ from gpuinit.stream import Run
 OPTIONS = ("--fmad=false", "-std=c++17")
 
 THREADS_PER_BLOCK = 256  # BLOCK_SIZE in the kernel
-BLOCKS_PER_MULTIPROCESSOR = 8  # 2048 threads, as many as any device holds at once
 MAX_GRID_Y = 65535
 
 
@@ -38,7 +37,7 @@ def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int
     position = 0
     with device:
         launch = kernel(name(dtype))
-        most = multiprocessors(device.id) * BLOCKS_PER_MULTIPROCESSOR
+        most = resident_blocks(device.id, name(dtype))
         for run in runs:
             part, size = out, run.rows * run.length
             if size < out.size:
@@ -49,11 +48,11 @@ def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int
 
 
 def launch_shape(run: Run, lanes: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Grid and block: x over the packets of a row, y over the rows, at most `most` blocks or so."""
+    """Grid and block: x over the packets of a row, y over the rows, at most `most` blocks."""
     packets = (run.length + 2 * lanes - 2) // lanes  # wherever the first one starts
-    x = min(THREADS_PER_BLOCK, 1 << (packets - 1).bit_length())
+    x = min(THREADS_PER_BLOCK, 1 << (packets.bit_length() - 1))
     y = THREADS_PER_BLOCK // x
-    grid_x = min(-(-packets // x), most)
+    grid_x = min(packets // x, most)  # the few packets left over take a second turn
     grid_y = min(-(-run.rows // y), max(1, most // grid_x), MAX_GRID_Y)
     return (grid_x, grid_y), (x, y)
 
@@ -73,10 +72,20 @@ def name(dtype: np.dtype) -> str:
 
 
 @cache
-def multiprocessors(device: int) -> int:
+def resident_blocks(device: int, dtype: str) -> int:
+    """How many blocks of the kernel the device, which is current, holds at once.
+
+    Blocks do equal work: were the grid any larger, the last of them would leave the device half idle.
+    """
     import cupy
 
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    attributes = cupy.cuda.Device(device).attributes
+    registers = -(-kernel(dtype).num_regs // 8) * 8 * THREADS_PER_BLOCK  # a thread gets them by eights
+    on_one = min(
+        attributes["MaxThreadsPerMultiProcessor"] // THREADS_PER_BLOCK,
+        attributes["MaxRegistersPerMultiprocessor"] // registers,
+    )
+    return int(max(1, on_one) * attributes["MultiProcessorCount"])
 
 
 @cache
