@@ -176,7 +176,7 @@ def serve(connection: Any, name: str) -> None:
         connection.send(str(error))
         return
     connection.send(None)
-    questions: dict[str, Callable[..., Any]] = {"seconds": seconds, "memory": memory, "values": values}
+    questions: dict[str, Callable[..., Any]] = {"seconds": seconds, "inspect": inspect}
     while (question := connection.recv()) is not None:
         verb, *arguments = question
         connection.send(questions[verb](make, *arguments, std_of=std_of))
@@ -190,36 +190,38 @@ def seconds(make: Make, shape: tuple[int, ...], dtype: str, seed: int, calls: in
     return (time.perf_counter() - start) / calls
 
 
-def memory(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> float | None:
-    """Peak memory during one call beyond the array, in MiB."""
+def inspect(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[str, Any]:
+    """Peak memory of one call beyond the array, how far the samples go, and how many values there are."""
     make(shape, dtype, 0)
     gc.collect()
+    before = reset_peak()
+    array = as_numpy(make(shape, dtype, 1))
+    peak = None if before is None else (status("VmHWM") - before - array.nbytes) / 2**20
+    farthest = max(abs(float(array.max())), abs(float(array.min())))
+    two_sigma = float(np.asarray(2 * std_of(shape)).astype(DTYPES[dtype]))
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return {
+        "peak_extra_mib": peak,
+        "beyond_two_sigma": farthest > two_sigma * (1 + 1e-6),
+        "farthest_in_sigmas": farthest / std_of(shape),
+        "distinct_values": int(np.count_nonzero(np.bincount(bits.reshape(-1))))
+        if dtype == "bfloat16"
+        else None,
+    }
+
+
+def reset_peak() -> int | None:
+    """The memory that this process holds, once its peak is set to that; None where that cannot be done."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = status("VmRSS")
-        array = make(shape, dtype, 1)
-        beyond = status("VmHWM") - before
+        Path("/proc/self/clear_refs").write_text("5")
+        return status("VmRSS")
     except OSError:
         return None
-    return float(beyond - as_numpy(array).nbytes) / 2**20
 
 
 def status(field: str) -> int:
     lines = Path("/proc/self/status").read_text()
     return 1024 * int(re.findall(rf"^{field}:\s+(\d+) kB", lines, re.MULTILINE)[0])
-
-
-def values(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[str, Any]:
-    """How far the samples go, in standard deviations, and how many values there are among them."""
-    array = as_numpy(make(shape, dtype, 1))
-    farthest = float(np.abs(array.reshape(-1)).max())
-    two_sigma = float(np.asarray(2 * std_of(shape)).astype(DTYPES[dtype]))
-    bits = array.view(f"u{array.dtype.itemsize}")
-    return {
-        "beyond_two_sigma": farthest > two_sigma * (1 + 1e-6),
-        "farthest_in_sigmas": farthest / std_of(shape),
-        "distinct_values": np.unique(bits).size if dtype == "bfloat16" else None,
-    }
 
 
 def as_numpy(array: Any) -> Any:
@@ -264,7 +266,7 @@ def measure(
     for name in [name for name, worker in workers.items() if worker.missing]:
         progress.write(f"left out: {name} ({workers.pop(name).missing})")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc raises it by itself unless it is set
-    for_memory = {name: Worker(name) for name in workers}
+    inspected = {name: Worker(name) for name in workers}
     rows: list[dict[str, Any]] = []
     progress.reset(len(shapes) * len(dtypes) * len(workers) * (rounds + 2))
     for shape in shapes:
@@ -273,8 +275,9 @@ def measure(
             calls, runs = {}, {}
             times: dict[str, list[float]] = {name: [] for name in workers}
             for name, worker in workers.items():
-                worker.ask("seconds", shape, dtype, 0, 1)
-                once = worker.ask("seconds", shape, dtype, 1, 1)
+                once = worker.ask("seconds", shape, dtype, 0, 1)
+                if once < budget:  # more than that is not compiling
+                    once = worker.ask("seconds", shape, dtype, 1, 1)
                 calls[name] = max(1, math.ceil(SECONDS_A_ROUND / once))
                 runs[name] = max(1, min(rounds, int(budget / once)))
                 progress.update()
@@ -285,19 +288,13 @@ def measure(
                         time.sleep(PAUSE)
                         times[name].append(worker.ask("seconds", shape, dtype, turn, calls[name]))
                     progress.update()
-            for name, worker in workers.items():
-                row: dict[str, Any] = {
-                    "peer": name,
-                    "shape": shape,
-                    "dtype": dtype,
-                    "truncated": PEERS[name][1],
-                }
+            for name in workers:
+                row: dict[str, Any] = {"peer": name, "shape": shape, "dtype": dtype}
+                row |= {"truncated": PEERS[name][1], "busy_before": busy}
                 row |= {"seconds": statistics.median(times[name]), "all_seconds": times[name]}
-                row |= worker.ask("values", shape, dtype)
-                peak = for_memory[name].ask("memory", shape, dtype)
-                rows.append(row | {"peak_extra_mib": peak, "busy_before": busy})
+                rows.append(row | inspected[name].ask("inspect", shape, dtype))
                 progress.update()
-    for worker in (*workers.values(), *for_memory.values()):
+    for worker in (*workers.values(), *inspected.values()):
         worker.stop()
     for row in rows:
         group = [r for r in rows if (r["shape"], r["dtype"]) == (row["shape"], row["dtype"])]
