@@ -23,8 +23,8 @@ import gpuinit.torch as gt  # noqa: E402
 from gpuinit import devices, fans  # noqa: E402
 from gpuinit.torch import fill  # noqa: E402
 
-NAMES = gpuinit.torch.__all__
-SCALED = [name for name in NAMES if name not in ("truncated_normal_", "uniform_", "initialize_")]
+NAMES = [name + "_" for name in gpuinit.__all__ if name != "FallbackWarning"]
+SCALED = [name for name in NAMES if name not in ("truncated_normal_", "uniform_")]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AXES = {"in_axis": 1, "out_axis": 0}
 
@@ -342,7 +342,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:.*nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning", "ignore:.*deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "initialize_"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_filled_is_refused(kind, name):
     make, error, message = REFUSED[kind]

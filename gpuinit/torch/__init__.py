@@ -27,12 +27,17 @@ from gpuinit.torch.in_place import (
     uniform_,
     variance_scaling_,
 )
+from gpuinit.torch.model import DEFAULT_RULES, Report, Row, initialize_
 
 __all__ = [
+    "DEFAULT_RULES",
+    "Report",
+    "Row",
     "glorot_normal_",
     "glorot_uniform_",
     "he_normal_",
     "he_uniform_",
+    "initialize_",
     "lecun_normal_",
     "lecun_uniform_",
     "truncated_normal_",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from math import sqrt
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -10,11 +12,15 @@ import torch
 
 from gpuinit import devices
 from gpuinit.backends import cpu, cuda
+from gpuinit.fans import TRUNCATED_STD
 from gpuinit.initializers import DISTRIBUTIONS, DTYPES, parse_limit
 from gpuinit.stream import Run, parse_name, parse_seed, runs
 from gpuinit.torch.shards import Part, is_dtensor, parts
 
 SCRATCH = 2**21  # elements, for layouts that are not C-contiguous
+
+# initialize_ reads here the standard deviation that an initialiser gave, for its report.
+recorded_stds: ContextVar[list[float] | None] = ContextVar("recorded_stds", default=None)
 
 TORCH_DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items()}
 
@@ -74,6 +80,9 @@ def fill(
     elif is_dtensor(tensor):
         raise ValueError("seed must be given for a DTensor, the same on every rank, got None")
     limit = parse_limit(distribution, width_source, width, TORCH_DTYPES[tensor.dtype])
+    stds = recorded_stds.get()
+    if stds is not None:
+        stds.append(width * TRUNCATED_STD if distribution == "truncated_normal" else width / sqrt(3))
     with torch.no_grad():
         local, places = parts(tensor)
         if local.numel() == 0 or local.untyped_storage().device.type == "meta":  # fake tensors are there too
