@@ -53,9 +53,10 @@ class Report(tuple[Row, ...]):
         for row in self:
             std = "-" if row.std is None else f"{row.std:.4g}"
             shape = "x".join(map(str, row.shape)) or "()"
-            rows.append((row.name, shape, row.dtype, row.rule, std))
+            rule = row.rule.partition("(")[0]  # without arguments
+            rows.append((row.name, shape, row.dtype, rule, std))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for column, least in ((3, 24), (0, 12)):  # the rule gives way first, then the name
+        for column, least in ((3, 20), (0, 12)):  # the rule gives way first, then the name
             excess = sum(widths) + 2 * 4 - TABLE_WIDTH
             widths[column] -= max(0, min(excess, widths[column] - least))
         lines = []
