@@ -22,7 +22,7 @@ TWICE_UP_TO = 2**18  # bytes
 MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
 
 current = [0]
-current_stream: list[Stream | None] = [None]
+current_stream: dict[int, list[Stream]] = {}  # of every device, as in CuPy
 launches: list[tuple[int, Stream | None]] = []  # device and stream of every one
 
 
@@ -65,11 +65,12 @@ class Stream:
         return cls(owner)
 
     def __enter__(self) -> Stream:
-        current_stream.append(self)
+        self.device = current[-1]
+        current_stream.setdefault(self.device, []).append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        current_stream.pop()
+        current_stream[self.device].pop()
 
 
 class UnownedMemory:
@@ -171,7 +172,7 @@ class RawKernel:
         if len(arguments) != len(self.signature):
             raise TypeError(f"{self.name} takes {len(self.signature)} arguments, got {len(arguments)}")
         values = [self.convert(*pair) for pair in enumerate(zip(self.signature, arguments, strict=True))]
-        launches.append((current[-1], current_stream[-1]))
+        launches.append((current[-1], (current_stream.get(current[-1]) or [None])[-1]))
         host_build.launch(self.library, self.name, grid, block, values)
         arrays = [argument.host for argument in arguments if isinstance(argument, ndarray)]
         if sum(array.nbytes for array in arrays) <= TWICE_UP_TO:

@@ -145,6 +145,12 @@ def test_what_is_tied_is_filled_once_under_its_first_name():
     assert tobytes(model.head.weight) == tobytes(expected)
 
 
+def test_a_module_below_itself_ends():
+    model = Net()
+    model.one.parent = model
+    assert names(gt.initialize_(model)) == names(gt.initialize_(Net()))
+
+
 # Default rules
 
 

@@ -38,7 +38,7 @@ def placer(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
     """A C-contiguous copy on the CPU."""
-    return tensor.detach().as_subclass(torch.Tensor).cpu().contiguous()
+    return tensor.detach().as_subclass(torch.Tensor).cpu().resolve_neg().contiguous()
 
 
 def tobytes(tensor: torch.Tensor | np.ndarray) -> bytes:
