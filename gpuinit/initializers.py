@@ -331,16 +331,7 @@ def variance_scaling(
     References: `keras.initializers.VarianceScaling`, `jax.nn.initializers.variance_scaling`.
     """
     parsed = parse_shape(shape)
-    factor = parse_number("scale", scale)
-    if factor == 0:
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-    fan_in, fan_out = fans(parsed, in_axis, out_axis, batch_axis)
-    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
-    width = (parent_std if distribution == "truncated_normal" else uniform_limit)(factor, fan)
+    width = parse_scaling(parsed, scale, mode, distribution, in_axis, out_axis, batch_axis)
     return make(parsed, distribution, f"scale {scale!r}", width, seed, name, dtype, device, out, index)
 
 
@@ -459,6 +450,28 @@ def make(
             limit,
         )
     return result
+
+
+def parse_scaling(
+    shape: tuple[int, ...],
+    scale: float,
+    mode: str,
+    distribution: str,
+    in_axis: Axes,
+    out_axis: Axes,
+    batch_axis: Axes,
+) -> float:
+    """The width that `variance_scaling` asks for: the standard deviation of the normal, or the limit."""
+    factor = parse_number("scale", scale)
+    if factor == 0:
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    fan_in, fan_out = fans(shape, in_axis, out_axis, batch_axis)
+    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
+    return (parent_std if distribution == "truncated_normal" else uniform_limit)(factor, fan)
 
 
 def parse_number(argument: str, value: float) -> float:

@@ -282,3 +282,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         import cupy
 
         yield Cuda(cupy)
+
+
+@pytest.fixture
+def place(device: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that puts one of torch's tensors on the device, in its layout."""
+    import torch_devices
+
+    return torch_devices.placer(request.node.callspec.params["device"], monkeypatch)

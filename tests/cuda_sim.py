@@ -24,6 +24,8 @@ MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
 
 current = [0]
 allocations: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=1000)
+current_stream: dict[int, list[Stream]] = {}  # of every device, as in CuPy
+launches: list[tuple[int, Stream | None]] = []  # device and stream of every one
 
 
 class CUDARuntimeError(RuntimeError):
@@ -57,10 +59,48 @@ class Device:
         pass
 
 
+class Stream:
+    """A stream of another library."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        _, self.ptr = owner.__cuda_stream__()
+
+    @classmethod
+    def from_external(cls, owner: Any) -> Stream:
+        return cls(owner)
+
+    def __enter__(self) -> Stream:
+        self.device = current[-1]
+        current_stream.setdefault(self.device, []).append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        current_stream[self.device].pop()
+
+
+class UnownedMemory:
+    def __init__(self, ptr: int, size: int, owner: object, device_id: int) -> None:
+        self.ptr, self.size, self.owner, self.device = ptr, size, owner, Device(device_id)
+
+
+class MemoryPointer:
+    def __init__(self, mem: UnownedMemory, offset: int) -> None:
+        assert offset == 0
+        self.mem, self.device = mem, mem.device
+
+    def as_host(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        memory = (ctypes.c_char * self.mem.size).from_address(self.mem.ptr)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+
 class ndarray:  # noqa: N801
     """A NumPy array that pretends to be on a device: it never turns into one by itself."""
 
-    def __init__(self, host: np.ndarray, device: Device | None = None) -> None:
+    def __init__(self, host: Any, device: Any = None, memptr: MemoryPointer | None = None) -> None:
+        if memptr is not None:  # as CuPy's own: shape, dtype, memory
+            host, device = memptr.as_host(host, device), memptr.device
+            self.memory = memptr.mem
         self.host = host
         self.device = device or Device()
         self.shape, self.dtype, self.size = host.shape, host.dtype, host.size
@@ -156,6 +196,7 @@ class RawKernel:
         if len(arguments) != len(self.signature):
             raise TypeError(f"{self.name} takes {len(self.signature)} arguments, got {len(arguments)}")
         values = [self.convert(*pair) for pair in enumerate(zip(self.signature, arguments, strict=True))]
+        launches.append((current[-1], (current_stream.get(current[-1]) or [None])[-1]))
         host_build.launch(self.library, self.name, grid, block, values)
         arrays = [argument.host for argument in arguments if isinstance(argument, ndarray)]
         if sum(array.nbytes for array in arrays) <= TWICE_UP_TO:
@@ -186,4 +227,6 @@ runtime = types.SimpleNamespace(
     driverGetVersion=lambda: 13000,
     pointerGetAttributes=pointerGetAttributes,
 )
-cuda = types.SimpleNamespace(Device=Device, runtime=runtime)
+cuda = types.SimpleNamespace(
+    Device=Device, MemoryPointer=MemoryPointer, Stream=Stream, UnownedMemory=UnownedMemory, runtime=runtime
+)

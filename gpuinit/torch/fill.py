@@ -1,0 +1,156 @@
+"""A checked request to the memory of a tensor: its layout, its device, its shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from math import sqrt
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+
+from gpuinit import devices
+from gpuinit.backends import cpu, cuda
+from gpuinit.fans import TRUNCATED_STD
+from gpuinit.initializers import DISTRIBUTIONS, DTYPES, parse_limit
+from gpuinit.stream import Run, parse_name, parse_seed, runs
+from gpuinit.torch.shards import Part, is_dtensor, parts
+
+SCRATCH = 2**21  # elements, for layouts that are not C-contiguous
+
+# initialize_ reads here the standard deviation that an initialiser gave, for its report.
+recorded_stds: ContextVar[list[float] | None] = ContextVar("recorded_stds", default=None)
+
+TORCH_DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items()}
+
+
+def check(tensor: Any) -> None:
+    """Raise unless it is a tensor, or a DTensor of such, that can be filled."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError(
+            "tensor must have a shape; run the lazy module once before, got an uninitialized parameter"
+        )
+    if is_dtensor(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    if hasattr(type(tensor), "__tensor_flatten__"):  # a wrapper round other tensors: it has no memory itself
+        raise TypeError(f"tensor must be a plain tensor or a DTensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"tensor must be dense, got layout {tensor.layout}")
+    if tensor.dtype not in TORCH_DTYPES:
+        raise TypeError(f"tensor must have dtype {', '.join(DTYPES)}, got {tensor.dtype}")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"tensor must be on the CPU, on a CUDA device or on meta, got {tensor.device}")
+    if overlaps(tensor):
+        raise ValueError(
+            "tensor must not hold elements that share memory, as an expanded one does; fill it before, "
+            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements may share memory: an axis steps no further than those inside it reach."""
+    reach = 0
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, length in sorted((stride, length) for stride, length in axes if length != 1):
+        if stride <= reach and tensor.numel():
+            return True
+        reach += (length - 1) * stride
+    return False
+
+
+def fill(
+    tensor: torch.Tensor,
+    distribution: str,
+    width_source: str,
+    width: float,
+    seed: SupportsIndex | None,
+    name: str | None,
+) -> torch.Tensor:
+    """Check what is left to check, then fill a tensor that passed `check`.
+
+    width is the standard deviation of the normal before truncation, or the limit of the uniform.
+    """
+    stream = parse_name(name)
+    if seed is not None:
+        parse_seed(seed)
+    elif is_dtensor(tensor):
+        raise ValueError("seed must be given for a DTensor, the same on every rank, got None")
+    limit = parse_limit(distribution, width_source, width, TORCH_DTYPES[tensor.dtype])
+    stds = recorded_stds.get()
+    if stds is not None:
+        stds.append(width * TRUNCATED_STD if distribution == "truncated_normal" else width / sqrt(3))
+    with torch.no_grad():
+        local, places = parts(tensor)
+        if local.numel() == 0 or local.untyped_storage().device.type == "meta":  # fake tensors are there too
+            return tensor
+        key = parse_seed(draw_seed() if seed is None else seed)
+        for place in places:
+            fill_part(place, tuple(tensor.shape), (key, stream, DISTRIBUTIONS[distribution], limit))
+        torch.autograd.graph.increment_version([tensor, local])
+    return tensor
+
+
+def draw_seed() -> int:
+    """64 bits from torch's default CPU generator."""
+    low, high = torch.randint(2**32, (2,), dtype=torch.int64, device="cpu").tolist()
+    return int(low | high << 32)
+
+
+def fill_part(part: Part, shape: tuple[int, ...], request: tuple[int, int, int, float]) -> None:
+    tensor, starts = part
+    if tensor.is_contiguous() and not tensor.is_neg():
+        write(tensor, runs(shape, starts, tuple(tensor.shape)), request)
+        return
+    scratch = tensor.new_empty(min(SCRATCH, tensor.numel()))
+    for piece, piece_starts in pieces(tensor, starts):
+        made = scratch[: piece.numel()]
+        write(made, runs(shape, piece_starts, tuple(piece.shape)), request)
+        piece.copy_(made.view(piece.shape))
+
+
+def pieces(tensor: torch.Tensor, starts: tuple[int, ...]) -> Iterator[Part]:
+    """Cut a tensor across its axes, the outermost first, into pieces that fit the scratch."""
+    if tensor.numel() <= SCRATCH:
+        yield Part(tensor, starts)
+        return
+    axis, length = next((axis, length) for axis, length in enumerate(tensor.shape) if length > 1)
+    step = max(1, SCRATCH * length // tensor.numel())
+    for first in range(0, length, step):
+        piece = tensor.narrow(axis, first, min(step, length - first))
+        yield from pieces(piece, (*starts[:axis], starts[axis] + first, *starts[axis + 1 :]))
+
+
+def write(tensor: torch.Tensor, elements: Iterable[Run], request: tuple[int, int, int, float]) -> None:
+    """Fill a C-contiguous tensor, on its own device and stream."""
+    flat = tensor.view(-1)
+    if tensor.device.type == "cpu":
+        cpu.fill(numpy_array(flat), elements, *request)
+        return
+    problem = devices.cuda_problem()
+    if problem is not None:
+        raise RuntimeError(f"tensor is on {tensor.device}, but CUDA cannot be used: {problem}")
+    import cupy
+
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(tensor.device))
+    with cupy.cuda.Device(tensor.device.index), stream:
+        cuda.fill(cupy_array(flat), elements, *request)
+
+
+def numpy_array(flat: torch.Tensor) -> np.ndarray:
+    """The same memory as a NumPy array. torch hands out no bfloat16; its bits pass as integers."""
+    bits = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
+    array: np.ndarray = bits.numpy()
+    return array.view(TORCH_DTYPES[flat.dtype])
+
+
+def cupy_array(flat: torch.Tensor) -> Any:
+    """The same memory as a CuPy array, which keeps the tensor alive."""
+    import cupy
+
+    size = flat.numel() * flat.element_size()
+    memory = cupy.cuda.UnownedMemory(flat.data_ptr(), size, flat, flat.device.index)
+    return cupy.ndarray((flat.numel(),), TORCH_DTYPES[flat.dtype], cupy.cuda.MemoryPointer(memory, 0))
