@@ -444,13 +444,14 @@ def test_an_error_in_a_thread_stops_the_others_and_is_raised(monkeypatch):
         if len(set(calls)) == 3 and not failed.is_set():
             failed.set()
             raise MemoryError("no room")
-        failed.wait()
+        failed.wait(60)
         time.sleep(0.01)
 
     monkeypatch.setenv("GPUINIT_CPU_ENGINE", "numba")
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
     monkeypatch.setattr(compiled, "kernel", lambda dtype: fail_once)
     monkeypatch.setattr(cpu, "COMPILED_ELEMENTS_AT_ONCE", 2**14)
+    monkeypatch.setattr(cpu, "COMPILED_ELEMENTS_PER_THREAD", 2**14)
     with pytest.raises(MemoryError, match="no room"):
         gpuinit.he_normal((2048, 1024), device="cpu")
     assert len(calls) < 2**21 // 2**14

@@ -29,11 +29,11 @@ ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
 # The same for Numba's engine, which needs no scratch and lets go of the interpreter lock for a whole tile.
 COMPILED_ELEMENTS_AT_ONCE = 2**18
-COMPILED_ELEMENTS_PER_THREAD = 2**19
+COMPILED_ELEMENTS_PER_THREAD = 2**20
 
 # Loading Numba takes as long as the NumPy engine takes for so many elements. It is loaded once a process has
 # made as many, so that no process spends more than twice the time it had to; and never for a small array.
-ELEMENTS_TO_REPAY = 2**25
+ELEMENTS_TO_REPAY = 2**26
 SMALL = 2**18
 
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
