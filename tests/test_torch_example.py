@@ -14,13 +14,21 @@ pytest.importorskip("torch.distributed.tensor", reason="torch is built without t
 
 EXAMPLE = Path(__file__).parent.parent / "examples/torch_large_model.py"
 
+# PyTorch 2.13.0 with gloo aborts now and then when an interpreter ends, after all is done and printed, on a
+# machine with more to do than cores (2 of 40 runs). That says nothing of the weights: try again.
+ABORT = "terminate called without an active exception"
+
 
 def test_it_prints_one_digest_on_any_number_of_ranks():
     digests = []
     for ranks, options in ((1, []), (2, []), (2, ["--cpu-offload"])):
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*run, str(EXAMPLE), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        for _ in range(5):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if ABORT not in done.stderr:
+                break
+        assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert "27 parameters, 164,096 elements" in lines
         assert re.fullmatch(r"embed\.weight +1000x64 +float32 +truncated_normal_ +0\.02", lines[1])
