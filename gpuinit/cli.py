@@ -28,6 +28,8 @@ from gpuinit.stream import parse_seed
 
 ROWS = 20  # of what differs: a wrong seed makes every tensor differ
 
+PLOTTED = tuple(name for name in checkpoints.INITIALIZERS if name != "variance_scaling")
+
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -169,6 +171,31 @@ def fingerprint(file: Path, as_json: bool) -> None:
     ]
     show(("tensor", "dtype", "shape", "sha256 begins"), rows)
     click.echo(f"{total}  {file}")
+
+
+@commands.command()
+@click.argument("initializers", nargs=-1, type=click.Choice(PLOTTED), metavar="[INITIALIZER]...")
+@click.option(
+    "-o", "--output", type=PathArgument, required=True, metavar="FILE", help="*.png, *.svg or *.pdf"
+)
+@seed_option
+@device_option
+def plot(initializers: tuple[str, ...], output: Path, seed: int, device: str | None) -> None:
+    """Draw histograms of weights over the exact densities.
+
+    INITIALIZER is he_normal by default; several are drawn side by side on one scale.
+    """
+    with explained():
+        try:
+            from gpuinit.plot import draw
+        except ImportError as error:
+            if not (error.name or "").startswith("matplotlib"):
+                raise
+            raise ValueError(
+                'matplotlib is not installed. To install it: pip install "gpuinit[plot]"'
+            ) from None
+        draw(initializers or ("he_normal",), seed, device, output)
+    click.echo(output)
 
 
 def parse_size(text: str) -> int:
