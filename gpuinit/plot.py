@@ -31,11 +31,15 @@ FAMILY = {
 def draw(initializers: Sequence[str], seed: int, device: str | None, path: Path) -> None:
     """One panel for each initialiser, on one scale, so that they can be compared."""
     figure = Figure(figsize=(5.2 * len(initializers), 5), dpi=120, layout="constrained")
-    grid: Any = figure.subplots(1, len(initializers), sharex=True, sharey=True, squeeze=False)
+    grid: Any = figure.subplots(1, len(initializers), sharey=True, squeeze=False)
+    widest = 1.08 * max(theory(name)[0] for name in initializers)
     for axes, name in zip(grid[0], initializers, strict=True):
         weights = getattr(gpuinit, name)(SHAPE, seed=seed, device=device)
         host = weights if isinstance(weights, np.ndarray) else weights.get()
         draw_panel(axes, name, host.astype(np.float64).reshape(-1))
+        axes.set_xlim(-widest, widest)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=16, frameon=False)
     figure.savefig(path)
 
 
@@ -49,20 +53,17 @@ def draw_panel(axes: Any, name: str, weights: np.ndarray) -> None:
         axes.axvline(place, color=GRAY, linewidth=2.5)
     for place in (-std, 0, std):
         axes.axvline(place, color=GRAY, linewidth=1.5, linestyle="--")
-    top = 1.45 * float(density(name, np.zeros(1))[0])  # room for what is written
-    axes.set_ylim(0, max(top, axes.get_ylim()[1]))
     axes.set_xticks([-limit, 0, limit], [f"-{limit:.3g}", "0", f"{limit:.3g}"])
     axes.set_yticks([])
     axes.tick_params(labelsize=16)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.set_title(name, fontsize=24, fontweight="bold")
-    axes.text(0.03, 0.98, moments(weights, std), transform=axes.transAxes, fontsize=13, va="top")
-    axes.legend(loc="upper right", fontsize=13, frameon=False)
+    axes.set_title(name, fontsize=24, fontweight="bold", pad=46)
+    axes.text(0.5, 1.02, moments(weights, std), transform=axes.transAxes, fontsize=14, ha="center")
 
 
 def moments(weights: np.ndarray, std: float) -> str:
     """Mean and standard deviation, measured and exact, as in the picture."""
-    return f"mean {weights.mean():+.1e}\n(exactly 0)\nstd {weights.std():.5f}\n(exactly {std:.5f})"
+    return f"mean {weights.mean():+.1e} (exact 0)\nstd {weights.std():.5f} (exact {std:.5f})"
 
 
 def theory(name: str) -> tuple[float, float]:

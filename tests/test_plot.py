@@ -56,8 +56,10 @@ def test_a_panel_shows_histogram_density_bounds_and_moments(device, monkeypatch,
         assert curve.get_ydata() == pytest.approx(plot.density(name, curve.get_xdata()))
         assert sorted(line.get_xdata()[0] for line in lines) == [-limit, -std, 0, std, limit]
         assert axes.get_title() == name
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [f"-{limit:.3g}", "0", f"{limit:.3g}"]
+        assert list(axes.get_xticks()) == [-limit, 0, limit]
         (text,) = axes.texts
-        assert f"std {weights.std():.5f}\n(exactly {std:.5f})" in text.get_text()
+        assert f"std {weights.std():.5f} (exact {std:.5f})" in text.get_text()
         assert f"mean {weights.mean():+.1e}" in text.get_text()
 
 
