@@ -129,7 +129,8 @@ def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
 
 def test_the_screen_is_80_columns_wide_and_takes_ascii(cupy_sim, capsys):
     _, text = run(capsys)
-    assert all(len(line) <= 80 for line in text.splitlines() if "/" not in line)
+    long = doctor.row("  x  ", "/a/very/long/path" * 9 + " and words " * 20)
+    assert all(len(line) <= 80 for line in [*text.splitlines(), *long.splitlines()])
     assert "  healthy" in text
     assert "✓  cpu, numpy  5 golden digests equal" in text
     assert doctor.marks("ascii") == doctor.ASCII_MARKS
