@@ -284,6 +284,15 @@ def test_what_is_there_is_never_overwritten(manifest, tmp_path, capsys, taken):
     assert listed(tmp_path) == sorted(["manifest.toml", taken])
 
 
+def test_a_temporary_file_that_appears_meanwhile_is_not_touched(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "check_place", lambda *_: None)
+    other = tmp_path / "m.safetensors.partial"
+    other.write_text("another writer's")
+    with pytest.raises(FileExistsError):
+        checkpoint.write(checkpoint.read_manifest(manifest), 0, tmp_path / "m.safetensors", 10**9)
+    assert other.read_text() == "another writer's"
+
+
 def test_a_file_that_is_cut_or_no_safetensors_is_named(manifest, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
     checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
