@@ -1,7 +1,10 @@
-"""Fill one array and show what was made:
+"""The `gpuinit` command, also `python -m gpuinit`. Without a command it fills one array and shows it:
 
-python -m gpuinit
-python -m gpuinit --shape 1024 1024 --dtype bfloat16 --device cpu --seed 7 --json
+gpuinit
+gpuinit sample 1024 1024 --dtype bfloat16 --device cpu --seed 7 --json
+gpuinit doctor
+
+These two run without the extra `cli`; gpuinit/cli.py has the other commands.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,18 +33,53 @@ ELEMENTS_AT_ONCE = 2**20  # of the array, when it is read for its statistics
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    first = given[0] if given else "sample"
+    if first == "sample":
+        sample_main(given[1:])
+    elif first == "doctor":
+        from gpuinit import doctor
+
+        doctor.main(given[1:])
+    elif first[:1].isalpha() or first in ("-h", "--help", "--version"):
+        run_cli(given)
+    else:  # the options or the shape of the default command
+        sample_main(given)
+
+
+def run_cli(given: list[str]) -> None:
+    """The commands of gpuinit/cli.py, where the extra is installed."""
+    try:
+        from gpuinit.cli import commands
+    except ImportError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        if given[0] in ("-h", "--help"):
+            sample_main(given)
+        what = f"`{given[0]}` needs click and rich, and {error.name} is not installed"
+        sys.exit(f'gpuinit: {what}. To install them: pip install "gpuinit[cli]"')
+    commands(given, prog_name="gpuinit")
+
+
+def sample_main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m gpuinit",
+        prog="gpuinit sample",
         description="Fill one array with He-normal weights and compare it with theory.",
+        epilog="The other commands: doctor, and with the extra `cli` "
+        '(pip install "gpuinit[cli]") checkpoint, verify, fingerprint and plot.',
     )
-    parser.add_argument("--shape", type=int, nargs="+", default=[4096, 4096], metavar="N")
+    parser.add_argument("sizes", type=int, nargs="*", metavar="SHAPE", help="by default 4096 4096")
+    parser.add_argument("--shape", type=int, nargs="+", metavar="N", help="the same, as an option")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
     parser.add_argument("--device", help="cpu, cuda or cuda:N; by default the best there is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(arguments)
+    if options.shape and options.sizes:
+        parser.error(f"the shape must be given once, got {options.sizes} and --shape {options.shape}")
+    shape = tuple(options.shape or options.sizes or (4096, 4096))
     try:
-        report = sample(tuple(options.shape), options.dtype, options.device, options.seed)
+        report = sample(shape, options.dtype, options.device, options.seed)
     except (TypeError, ValueError, MemoryError) as error:
         parser.error(str(error))
     print(json.dumps(report) if options.json else table(report))

@@ -18,6 +18,8 @@ from typing import Any
 import host_build
 import numpy as np
 
+__version__ = "0.0"  # of this stand-in
+
 COUNT = 2
 TWICE_UP_TO = 2**18  # bytes
 MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
@@ -225,8 +227,22 @@ runtime = types.SimpleNamespace(
     getDeviceCount=lambda: COUNT,
     getDevice=lambda: current[-1],
     driverGetVersion=lambda: 13000,
+    runtimeGetVersion=lambda: 13000,
+    getDeviceProperties=lambda number: {
+        "name": b"Simulated",
+        "major": 9,
+        "minor": 0,
+        "totalGlobalMem": 2**30 * (number + 1),
+    },
     pointerGetAttributes=pointerGetAttributes,
 )
+nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
 cuda = types.SimpleNamespace(
-    Device=Device, MemoryPointer=MemoryPointer, Stream=Stream, UnownedMemory=UnownedMemory, runtime=runtime
+    Device=Device,
+    MemoryPointer=MemoryPointer,
+    Stream=Stream,
+    UnownedMemory=UnownedMemory,
+    get_cuda_path=lambda: None,
+    nvrtc=nvrtc,
+    runtime=runtime,
 )

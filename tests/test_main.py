@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import time
 
 import ml_dtypes
@@ -105,3 +106,27 @@ def test_one_weight_has_no_kurtosis(capsys):
     assert report(capsys, "--shape", "1", "--device", "cpu")["kurtosis"] is None
     main(["--shape", "1", "--device", "cpu"])
     assert "kurtosis" in capsys.readouterr().out
+
+
+def test_sample_is_the_default_command_and_takes_the_shape_by_place(capsys):
+    by_option = report(capsys, "--shape", "30", "20", "--device", "cpu")
+    for arguments in (["sample", "30", "20"], ["30", "20"], ["sample", "--shape", "30", "20"]):
+        found = report(capsys, *arguments, "--device", "cpu")
+        assert (found["shape"], found["sha256"]) == ([30, 20], by_option["sha256"])
+    with pytest.raises(SystemExit):
+        main(["3", "--shape", "4"])
+    assert "the shape must be given once, got [3] and --shape [4]" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_other_commands_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "click", None)
+    monkeypatch.delitem(sys.modules, "gpuinit.cli", raising=False)
+    monkeypatch.delattr(gpuinit, "cli", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["checkpoint"])
+    assert 'click is not installed. To install them: pip install "gpuinit[cli]"' in stopped.value.code
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert 'pip install "gpuinit[cli]"' in " ".join(capsys.readouterr().out.split())
+    assert report(capsys, "--shape", "3", "--device", "cpu")["shape"] == [3]

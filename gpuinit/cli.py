@@ -1,0 +1,265 @@
+"""The commands of the extra `cli`: checkpoint, verify, fingerprint and plot, with progress on a terminal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+import gpuinit
+from gpuinit import checkpoint as checkpoints
+from gpuinit.checkpoint import Advance, in_units
+from gpuinit.stream import parse_seed
+
+ROWS = 20  # of what differs: a wrong seed makes every tensor differ
+
+PLOTTED = tuple(name for name in checkpoints.INITIALIZERS if name != "variance_scaling")
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+PathArgument = click.Path(path_type=Path)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="From 0 to 2**64 - 1."
+)
+device_option = click.option(
+    "--device", metavar="NAME", help="cpu, cuda or cuda:N; by default the best there is."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(gpuinit.__version__, prog_name="gpuinit")
+def commands() -> None:
+    """Initial weights of neural networks: one seed, the same bits everywhere.
+
+    Without a command: sample.
+    """
+
+
+def hand_on(name: str, main: Callable[[list[str]], None], summary: str) -> None:
+    """A command with a parser of its own, as it works without the extra too."""
+
+    @commands.command(
+        name, help=summary, add_help_option=False, context_settings={"ignore_unknown_options": True}
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> None:
+        main([name, *arguments])
+
+
+def run_main(arguments: list[str]) -> None:
+    from gpuinit.__main__ import main
+
+    main(arguments)
+
+
+hand_on("sample", run_main, "Fill one array and compare it with theory.")
+hand_on("doctor", run_main, "Describe this installation and check the bytes it makes.")
+
+
+@commands.command()
+@click.argument("manifest", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, metavar="FILE", help="*.safetensors")
+@seed_option
+@device_option
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Above it, several files."
+)
+@json_option
+def checkpoint(
+    manifest: Path, output: Path, seed: int, device: str | None, max_shard_size: str, as_json: bool
+) -> None:
+    """Make a whole model's initial weights.
+
+    MANIFEST is a JSON or TOML file of names and shapes (docs/checkpoints.md), or a .safetensors file or
+    index whose names, shapes and dtypes are taken.
+    """
+    with explained("Nothing was left behind"):
+        parse_seed(seed)
+        entries = checkpoints.read_manifest(manifest)
+        most = parse_size(max_shard_size)
+        start = time.perf_counter()
+        with progress("making", entries) as advance:
+            files = checkpoints.write(entries, seed, output, most, device, advance)
+        seconds = time.perf_counter() - start
+    report = {
+        "files": [str(file) for file in files],
+        "tensors": len(entries),
+        "bytes": sum(entry.nbytes for entry in entries),
+        "seed": seed,
+        "seconds": seconds,
+    }
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo(f"{files[-1]}: {counted(report)}")
+    if len(files) > 1:
+        click.echo(f"in {len(files) - 1} files, {files[0].name} to {files[-2].name}")
+
+
+@commands.command()
+@click.argument("file", type=PathArgument)
+@click.argument("manifest", type=PathArgument)
+@seed_option
+@device_option
+@json_option
+def verify(file: Path, manifest: Path, seed: int, device: str | None, as_json: bool) -> None:
+    """Make the weights again and compare them, tensor by tensor.
+
+    Exit status 1, and the first element that differs, if FILE is not what MANIFEST and the seed make.
+    """
+    with explained():
+        parse_seed(seed)
+        entries = checkpoints.read_manifest(manifest)
+        start = time.perf_counter()
+        with progress("comparing", entries) as advance:
+            found = checkpoints.verify(file, entries, seed, device, advance)
+        seconds = time.perf_counter() - start
+    report = {
+        "equal": not found,
+        "differences": [{"tensor": name, "problem": problem} for name, problem in found],
+        "tensors": len(entries),
+        "bytes": sum(entry.nbytes for entry in entries),
+        "seed": seed,
+        "seconds": seconds,
+    }
+    if as_json:
+        click.echo(json.dumps(report))
+    elif found:
+        show(("differs", "how"), found[:ROWS])
+        if len(found) > ROWS:
+            click.echo(f"and {len(found) - ROWS} more; --json has them all")
+        click.echo(f"{file}: not what {manifest} makes with seed {seed}")
+    else:
+        click.echo(f"{file}: equal to the last bit, {counted(report)}")
+    if found:
+        sys.exit(1)
+
+
+@commands.command()
+@click.argument("file", type=PathArgument)
+@json_option
+def fingerprint(file: Path, as_json: bool) -> None:
+    """Print a digest of all weights, whatever files they are in, and one of each tensor."""
+    with explained():
+        stored, _ = checkpoints.read_model(file)
+        with progress("reading", [tensor.stop - tensor.start for tensor in stored.values()]) as advance:
+            total, found = checkpoints.fingerprint(file, advance)
+    if as_json:
+        tensors = {name: digest for name, (_, digest) in found.items()}
+        click.echo(json.dumps({"sha256": total, "tensors": tensors}))
+        return
+    rows = [
+        (name, tensor.code, " ".join(map(str, tensor.shape)), digest[:16])
+        for name, (tensor, digest) in found.items()
+    ]
+    show(("tensor", "dtype", "shape", "sha256 begins"), rows)
+    click.echo(f"{total}  {file}")
+
+
+@commands.command()
+@click.argument("initializers", nargs=-1, type=click.Choice(PLOTTED), metavar="[INITIALIZER]...")
+@click.option(
+    "-o", "--output", type=PathArgument, required=True, metavar="FILE", help="*.png, *.svg or *.pdf"
+)
+@seed_option
+@device_option
+def plot(initializers: tuple[str, ...], output: Path, seed: int, device: str | None) -> None:
+    """Draw histograms of weights over the exact densities.
+
+    INITIALIZER is he_normal by default; several are drawn side by side on one scale.
+    """
+    with explained():
+        try:
+            from gpuinit.plot import draw
+        except ImportError as error:
+            if not (error.name or "").startswith("matplotlib"):
+                raise
+            raise ValueError(
+                'matplotlib is not installed. To install it: pip install "gpuinit[plot]"'
+            ) from None
+        draw(initializers or ("he_normal",), seed, device, output)
+    click.echo(output)
+
+
+def parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise ValueError(f"--max-shard-size must be a size such as 5GB, 500MB or 2GiB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def counted(report: dict[str, Any]) -> str:
+    rate = in_units(report["bytes"] / report["seconds"])
+    return (
+        f"{report['tensors']} tensors, {in_units(report['bytes'])}, "
+        f"{report['seconds']:.1f} s, {rate}/s, seed {report['seed']}"
+    )
+
+
+def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as the terminal, 80 columns elsewhere."""
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # no markup: names may hold brackets
+    console.print(table)
+
+
+@contextmanager
+def progress(verb: str, sizes: list[Any]) -> Iterator[Advance]:
+    """A bar with rate and time left on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    total = sum(size if isinstance(size, int) else size.nbytes for size in sizes)
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), SpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def explained(consequence: str = "") -> Iterator[None]:
+    """Errors and signals as one line on stderr, and what they leave behind."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("stopped", consequence, 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            stop(f"{error.strerror}. Free some of the disk, or choose another", consequence, 2)
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        stop(named, consequence, 2)
+    except (TypeError, ValueError, MemoryError, RuntimeError) as error:
+        stop(str(error), consequence, 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Schedulers end a job with SIGTERM: clean up as after Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def stop(message: str, consequence: str, status: int) -> None:
+    end = f". {consequence}." if consequence else "."
+    click.echo(f"gpuinit: {message.rstrip('.')}{end}", err=True)
+    sys.exit(status)

@@ -1,0 +1,259 @@
+"""`gpuinit doctor`: what a user or a bug report needs, and the golden digests on every backend here."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpuinit
+from gpuinit import devices
+from gpuinit.backends import cpu
+
+STREAM_FORMAT = 1
+SHAPE = (1000, 1001)
+
+# SHA-256 of the little-endian bytes with seed 0. tests/test_doctor.py holds them equal to tests/golden.json.
+GOLDEN = (
+    ("he_normal", "float32", "25dd1fd171f31ab36c4783ef821ee1bd9fbd23028c19136bcc665e01131f9a48"),
+    ("he_uniform", "float32", "55ba179f94ad68b120c027894f999c183ba5b14a37b0420a5600ee4c36f1eb74"),
+    ("he_normal", "float16", "d3019e411e435332f7b9745e980418d5c397e01f4158a5b063042cab2410a7cd"),
+    ("he_normal", "bfloat16", "b65e4b0babcee4c87eb1cefcdc122ddcadc60f5f66c0e7f31d03182d808c3393"),
+    ("he_normal", "float64", "57ba8543bedabc942150781fdb466300c1c777b81a9d1fde71016aacde63bf7f"),
+)
+
+REPORT = "Please report it with `gpuinit doctor --json`"
+
+OK, FAILED, ABSENT = "ok", "failed", "absent"  # absent: not on this machine, and need not be
+MARKS = {OK: "✓", FAILED: "✗", ABSENT: "-"}
+ASCII_MARKS = {OK: "ok", FAILED: "X", ABSENT: "-"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="gpuinit doctor",
+        description="Describe this installation, and check the bytes that every backend here makes.",
+        epilog="Exit status 1 if something that should work does not; no CUDA is no fault.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_args(arguments)
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else table(report, marks(sys.stdout.encoding)))
+    if not report["healthy"]:
+        sys.exit(1)
+
+
+def marks(encoding: str | None) -> dict[str, str]:
+    try:
+        "".join(MARKS.values()).encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return ASCII_MARKS
+    return MARKS
+
+
+def examine() -> dict[str, Any]:
+    checks = [check_cpu("numpy", None), check_cpu("numba", cpu.numba_problem()), *check_cuda()]
+    return {
+        "healthy": all(check["status"] != FAILED for check in checks),
+        "facts": facts(),
+        "checks": checks,
+    }
+
+
+def facts() -> dict[str, str]:
+    """What is installed and where, in words."""
+    found = {
+        "gpuinit": f"{gpuinit.__version__}, stream format {STREAM_FORMAT}, {Path(gpuinit.__file__).parent}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "NumPy": f"{np.__version__}, ml_dtypes {version('ml_dtypes')}, Numba {version('numba')}",
+        "CPU": describe_threads(),
+        **cupy_facts(),
+    }
+    settings = {name: value for name, value in os.environ.items() if name.startswith("GPUINIT_")}
+    found["settings"] = ", ".join(f"{name}={value}" for name, value in sorted(settings.items())) or "none"
+    return found
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_threads() -> str:
+    try:
+        threads = cpu.thread_limit()
+    except ValueError as error:
+        return str(error)
+    return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+
+
+def cupy_facts() -> dict[str, str]:
+    """CuPy, the driver, CUDA's parts and the devices, as far as they answer."""
+    try:
+        import cupy
+    except Exception as error:
+        absent = isinstance(error, ImportError) and error.name == "cupy"
+        return {"CuPy": "not installed" if absent else f"cannot be imported ({devices.describe(error)})"}
+    packages = importlib.metadata.packages_distributions().get("cupy", ["no package"])
+    folder, writable = kernel_cache()
+    found = {
+        "CuPy": f"{cupy.__version__} from {', '.join(packages)}, {Path(cupy.__file__).parent}",
+        "driver": ask(lambda: describe_driver(cupy.cuda.runtime.driverGetVersion())),
+        "runtime": ask(lambda: f"CUDA {dotted(cupy.cuda.runtime.runtimeGetVersion())}"),
+        "compiler": ask(lambda: describe_compiler(cupy)),
+        "headers": ask(lambda: str(cupy.cuda.get_cuda_path() or "CuPy's own and those of the pip packages")),
+        "cache": f"{folder}, {'can be written' if writable else 'cannot be written: set CUPY_CACHE_DIR'}",
+    }
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception:
+        count = 0
+    for number in range(count):
+        found[f"cuda:{number}"] = ask(partial(describe_gpu, cupy, number))
+    return found
+
+
+def ask(question: Callable[[], str]) -> str:
+    """The answer, or why there is none: a broken installation must not keep the rest from being told."""
+    try:
+        return question()
+    except Exception as error:
+        return f"unknown ({devices.describe(error)})"
+
+
+def describe_driver(number: int) -> str:
+    return f"supports CUDA {dotted(number)}" if number else "none"
+
+
+def dotted(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def describe_compiler(cupy: Any) -> str:
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    return f"NVRTC {major}.{minor}, {loaded_library('libnvrtc.') or 'place unknown'}"
+
+
+def loaded_library(name: str) -> str | None:
+    """Where this process has loaded a library from; only Linux tells."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.exists() else []
+    return next((line.split(maxsplit=5)[5] for line in lines if f"/{name}" in line), None)
+
+
+def describe_gpu(cupy: Any, number: int) -> str:
+    found = cupy.cuda.runtime.getDeviceProperties(number)
+    capability = f"compute capability {found['major']}.{found['minor']}"
+    return f"{found['name'].decode()}, {capability}, {found['totalGlobalMem'] / 2**30:.1f} GiB"
+
+
+def kernel_cache() -> tuple[Path, bool]:
+    """Where CuPy keeps compiled kernels, and whether it can."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=there):
+            return folder, True
+    except OSError:
+        return folder, False
+
+
+def check_cpu(engine: str, problem: str | None) -> dict[str, str]:
+    if problem is not None:
+        status = ABSENT if version(engine) == "not installed" else FAILED
+        return result(f"cpu, {engine}", status, problem)
+    with engine_setting(engine):
+        return check_bytes(f"cpu, {engine}", "cpu")
+
+
+@contextmanager
+def engine_setting(engine: str) -> Iterator[None]:
+    before = os.environ.get("GPUINIT_CPU_ENGINE")
+    os.environ["GPUINIT_CPU_ENGINE"] = engine
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GPUINIT_CPU_ENGINE"]
+        else:
+            os.environ["GPUINIT_CPU_ENGINE"] = before
+
+
+def check_cuda() -> list[dict[str, str]]:
+    """The kernel compiled and its bytes, for every device; or one line that says why not."""
+    try:
+        problem = devices.cuda_problem()
+    except MemoryError as error:
+        problem = f"{error}. Free memory on the device"
+    if problem is not None:
+        return [result("cuda", ABSENT if cuda_need_not_work() else FAILED, problem)]
+    return [check_bytes(f"cuda:{i}", f"cuda:{i}") for i in range(devices.cuda_device_count())]
+
+
+def cuda_need_not_work() -> bool:
+    """Whether CUDA is missing rather than broken: CuPy is not installed, or there is no driver or device."""
+    try:
+        import cupy
+    except ImportError as error:
+        return error.name == "cupy"
+    except Exception:
+        return False
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount()) == 0
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status == devices.INSUFFICIENT_DRIVER:
+            return int(cupy.cuda.runtime.driverGetVersion()) == 0
+        return bool(error.status == devices.NO_DEVICE)
+
+
+def check_bytes(backend: str, device: str) -> dict[str, str]:
+    """Make the golden arrays on a backend and compare their digests."""
+    try:
+        for function, dtype, digest in GOLDEN:
+            weights = getattr(gpuinit, function)(SHAPE, seed=0, dtype=dtype, device=device)
+            host = weights if isinstance(weights, np.ndarray) else weights.get()
+            little = host.astype(host.dtype.newbyteorder("<"), copy=False)
+            if hashlib.sha256(little.tobytes()).hexdigest() != digest:
+                return result(backend, FAILED, f"{function} makes wrong bytes in {dtype}. {REPORT}")
+    except Exception as error:
+        return result(backend, FAILED, f"{devices.describe(error)}. {REPORT}")
+    compiled = "the kernel compiles, " if device != "cpu" else ""
+    return result(backend, OK, f"{compiled}{len(GOLDEN)} golden digests equal")
+
+
+def result(backend: str, status: str, detail: str) -> dict[str, str]:
+    return {"backend": backend, "status": status, "detail": detail}
+
+
+def table(report: dict[str, Any], signs: dict[str, str]) -> str:
+    """The report for a person, in 80 columns."""
+    lines = [row(f"  {name:<10}", fact) for name, fact in report["facts"].items()]
+    lines.append("")
+    for check in report["checks"]:
+        lines.append(row(f"  {signs[check['status']]:<3}{check['backend']:<12}", check["detail"]))
+    failed = sum(check["status"] == FAILED for check in report["checks"])
+    lines += ["", f"  {failed} failed: see {signs[FAILED]} above" if failed else "  healthy"]
+    return "\n".join(lines)
+
+
+def row(start: str, text: str) -> str:
+    """One row, continued under its text where it is long; a path that is longer still is cut in two."""
+    indent = " " * len(start)
+    return textwrap.fill(text, 80, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,0 +1,453 @@
+"""gpuinit checkpoint, verify and fingerprint: models made and proved, and nothing broken left behind."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes  # noqa: F401, for the safetensors library, which asks NumPy for bfloat16
+import numpy as np
+import pytest
+
+import gpuinit
+from gpuinit import checkpoint
+from gpuinit.__main__ import main
+
+pytest.importorskip("click", reason='click is not installed: pip install "gpuinit[cli]"')
+safetensors = pytest.importorskip(
+    "safetensors", reason="safetensors is not installed: it is in the extra test"
+)
+
+MANIFEST = """
+[defaults]
+dtype = "bfloat16"
+in_axis = 1
+out_axis = 0
+
+[patterns."*.bias"]
+initializer = "zeros"
+dtype = "float32"
+
+[tensors]
+"embed" = { shape = [1001, 64], initializer = "truncated_normal", stddev = 0.02 }
+"layers.{0..2}.up.weight" = [256, 63]
+"layers.{0..2}.up.bias" = [255]
+"norm" = { shape = [7], initializer = "ones", dtype = "float16" }
+"scalar" = { shape = [], dtype = "float64", in_axis = -2, out_axis = -1 }
+"none" = { shape = [0, 5], dtype = "float64" }
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "manifest.toml"
+    path.write_text(MANIFEST)
+    return path
+
+
+def run(capsys, *arguments: object) -> SimpleNamespace:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def expected() -> dict[str, np.ndarray]:
+    """The model of MANIFEST, made by the library."""
+    linear = {"in_axis": 1, "out_axis": 0, "dtype": "bfloat16", "device": "cpu", "seed": 5}
+    made = {
+        "embed": gpuinit.truncated_normal(
+            (1001, 64), 0.02, seed=5, name="embed", dtype="bfloat16", device="cpu"
+        ),
+        "norm": np.ones(7, np.float16),
+        "scalar": gpuinit.he_normal((), seed=5, name="scalar", dtype="float64", device="cpu"),
+        "none": np.zeros((0, 5)),
+    }
+    for i in range(3):
+        name = f"layers.{i}.up.weight"
+        made[name] = gpuinit.he_normal((256, 63), name=name, **linear)
+        made[f"layers.{i}.up.bias"] = np.zeros(255, np.float32)
+    return made
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+
+
+def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_the_safetensors_library_reads_the_weights_that_the_library_makes(
+    device, manifest, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "WINDOW_BYTES", 1000)
+    out = tmp_path / "model.safetensors"
+    where = ("--seed", 5, "--device", device.name.removesuffix("-numba").removesuffix("-sim"))
+    found = run(capsys, "checkpoint", manifest, "-o", out, *where, "--json")
+    assert found.status == 0
+    assert json.loads(found.out)["files"] == [str(out)]
+    assert json.loads(found.out)["bytes"] == sum(array.nbytes for array in expected().values())
+    assert_equal(read(out), expected())
+    assert listed(tmp_path) == ["manifest.toml", "model.safetensors"]
+    assert run(capsys, "verify", out, manifest, *where).status == 0
+
+
+def test_data_of_mixed_dtypes_are_aligned_and_without_holes(manifest, tmp_path):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 0, out, 10**9)
+    stored, metadata = checkpoint.read_model(out)
+    assert metadata == {"format": "pt", "gpuinit.seed": "0"}
+    places = sorted((tensor.start, tensor.stop) for tensor in stored.values())
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(places))
+    for tensor in stored.values():
+        assert tensor.start % {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}[tensor.code] == 0
+
+
+def test_shards_and_their_index_are_those_of_hugging_face(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    assert run(capsys, "checkpoint", manifest, "-o", out, "--seed", 5, "--max-shard-size", "66KB").status == 0
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    wanted = expected()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in wanted.values())
+    assert index["weight_map"].keys() == wanted.keys()
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert listed(tmp_path) == sorted(["manifest.toml", "model.safetensors.index.json", *files])
+    found: dict[str, np.ndarray] = {}
+    for file in files:
+        arrays = read(tmp_path / file)
+        assert all(index["weight_map"][name] == file for name in arrays)
+        large = [array.nbytes for array in arrays.values()]
+        assert sum(large) <= 66_000 or len(large) == 1
+        found |= arrays
+    assert_equal(found, wanted)
+
+    whole = tmp_path / "whole.safetensors"
+    assert run(capsys, "checkpoint", manifest, "-o", whole, "--seed", 5).status == 0
+    assert run(capsys, "verify", out, manifest, "--seed", 5).status == 0
+    prints = [json.loads(run(capsys, "fingerprint", file, "--json").out) for file in (out, whole)]
+    assert prints[0] == prints[1]
+
+
+def test_verify_names_the_first_element_that_differs(manifest, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WINDOW_BYTES", 1000)
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    stored, _ = checkpoint.read_model(out)
+    data = bytearray(out.read_bytes())
+    for element in (200 * 63 + 7, 201 * 63):  # of bfloat16: the low bit of each
+        data[stored["layers.1.up.weight"].start + 2 * element] ^= 1
+    out.write_bytes(data)
+    found = run(capsys, "verify", out, manifest, "--seed", 5, "--json")
+    (difference,) = json.loads(found.out)["differences"]
+    assert found.status == 1
+    assert difference["tensor"] == "layers.1.up.weight"
+    assert difference["problem"].startswith("first differs at [200, 7]: ")
+    value = float(expected()["layers.1.up.weight"][200, 7])
+    assert difference["problem"].endswith(f" in the file, {value!r} made")
+
+
+def test_verify_with_another_seed_says_which_one_the_file_claims(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    found = run(capsys, "verify", out, manifest, "--seed", 6)
+    assert found.status == 1
+    assert "made with 5, not 6" in " ".join(found.out.split())
+    assert "not what" in found.out
+
+
+def test_verify_finds_missing_and_additional_tensors_and_other_shapes(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    other = tmp_path / "other.toml"
+    other.write_text(MANIFEST.replace("{0..2}.up.weight", "{0..3}.up.weight").replace("[255]", "[254]"))
+    other.write_text(other.read_text().replace('"norm"', '"norms"'))
+    found = json.loads(run(capsys, "verify", out, other, "--seed", 5, "--json").out)["differences"]
+    problems = {difference["tensor"]: difference["problem"] for difference in found}
+    assert problems["norm"] == "is in the file and not in the manifest"
+    assert problems["norms"] == problems["layers.3.up.weight"] == "is in the manifest and not in the file"
+    assert problems["layers.0.up.bias"] == "is float32 (255,) in the file, and float32 (254,) in the manifest"
+    assert len(problems) == 6
+
+
+def test_a_safetensors_file_or_index_is_a_manifest(manifest, tmp_path, capsys):
+    entries = checkpoint.read_manifest(manifest)
+    like = tmp_path / "like.safetensors"
+    checkpoint.write(entries, 5, like, 66_000)
+    checkpoint.write(entries, 5, tmp_path / "one.safetensors", 10**9)
+    header = tmp_path / "header.safetensors"  # as if only its beginning had been fetched
+    header.write_bytes((tmp_path / "one.safetensors").read_bytes()[:2000])
+    shapes = {entry.name: (entry.shape, entry.dtype) for entry in entries}
+    for file in ("like.safetensors.index.json", "like.safetensors", "one.safetensors", "header.safetensors"):
+        found = checkpoint.read_manifest(tmp_path / file)
+        assert {entry.name: (entry.shape, entry.dtype) for entry in found} == shapes
+        assert {entry.initializer for entry in found} == {"he_normal"}
+    patterns = {"*.bias": {"initializer": "skip"}, "n*": {"dtype": "float16"}}
+    (tmp_path / "new.json").write_text(json.dumps({"like": "one.safetensors", "patterns": patterns}))
+    found = checkpoint.read_manifest(tmp_path / "new.json")
+    assert {entry.name for entry in found} == {name for name in shapes if not name.endswith(".bias")}
+    assert {entry.dtype for entry in found if entry.name.startswith("n")} == {"float16"}
+
+
+def test_the_fingerprint_is_what_its_docstring_says(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    total = hashlib.sha256()
+    codes = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+    for name, array in sorted(expected().items()):
+        row = [name, codes[array.dtype.name], list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+        total.update(json.dumps(row).encode() + b"\n")
+    found = run(capsys, "fingerprint", out)
+    assert found.out.splitlines()[-1] == f"{total.hexdigest()}  {out}"
+    assert all(len(line) <= 80 for line in found.out.splitlines()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[tensors", "the manifest must be TOML, got"),
+        ("", "a manifest must name a tensor under tensors, or a file under like, got none"),
+        ("[tensor]\na = [1]", "the keys must be like, defaults, patterns and tensors, got tensor"),
+        (
+            "[tensors]\na = [-1]",
+            "tensor 'a': shape must be an integer or a sequence of integers >= 0, got [-1]",
+        ),
+        ("[tensors]\na = {dtype = 'float32'}", "tensor 'a': must have a shape, got"),
+        ("[tensors]\na = {shape = [2], dtype = 'int8'}", "tensor 'a': dtype must be one of float32, "),
+        ("[tensors]\na = {shape = [2], in_axes = 0}", "tensor 'a': a setting must be one of dtype, init"),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'he'}",
+            "tensor 'a': initializer must be one of glorot_",
+        ),
+        (
+            "[tensors]\na = {shape = [2], stddev = 1}",
+            "tensor 'a': he_normal takes in_axis, out_axis, batch_axis",
+        ),
+        ("[tensors]\na = {shape = [2], in_axis = 1}", "tensor 'a': in_axis must be an axis or a sequence of"),
+        (
+            "[tensors]\na = [2]\n[patterns.b]",
+            "pattern 'b' must match a tensor, got none that it does. Correct",
+        ),
+        ("[tensors]\na = [2]\n[patterns.a]\nx = 1", "pattern 'a': a setting must be one of"),
+        ("[tensors]\n'a{0..1}' = [2]\na1 = [2]", "tensor 'a1' must be given once, got it again in 'a1'"),
+        ("[tensors]\n'a{1..0}' = [2]", "tensor 'a{1..0}': a range must not fall, got 1..0"),
+        ("[tensors]\n__metadata__ = [2]", "tensor '__metadata__': this name must not be used"),
+        ("like = 'manifest.toml'", "a safetensors file must begin with its header, got another file"),
+        ("like = 'no.safetensors'", "no.safetensors: No such file or directory"),
+    ],
+)
+def test_a_bad_manifest_is_named_with_its_entry_and_leaves_nothing(tmp_path, capsys, text, message):
+    path = tmp_path / "manifest.toml"
+    path.write_text(text)
+    found = run(capsys, "checkpoint", path, "-o", tmp_path / "model.safetensors")
+    assert found.status == 2
+    assert found.err.startswith("gpuinit: ")
+    assert "manifest.toml: " in found.err or "like" in text
+    assert message in found.err
+    assert listed(tmp_path) == ["manifest.toml"]
+
+
+def test_a_key_that_comes_twice_in_json_is_an_error(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text('{"tensors": {"a": [1], "a": [2]}}')
+    with pytest.raises(ValueError, match="the manifest must be JSON, got the key 'a' twice"):
+        checkpoint.read_manifest(path)
+
+
+@pytest.mark.parametrize("taken", ["m.safetensors", "m.safetensors.index.json", "m.safetensors.partial"])
+def test_what_is_there_is_never_overwritten(manifest, tmp_path, capsys, taken):
+    (tmp_path / taken).write_text("precious")
+    found = run(capsys, "checkpoint", manifest, "-o", tmp_path / "m.safetensors")
+    assert found.status == 2
+    assert f"{tmp_path / taken} exists" in found.err
+    assert "elete it" in found.err
+    assert (tmp_path / taken).read_text() == "precious"
+    assert listed(tmp_path) == sorted(["manifest.toml", taken])
+
+
+def test_a_temporary_file_that_appears_meanwhile_is_not_touched(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "check_place", lambda *_: None)
+    other = tmp_path / "m.safetensors.partial"
+    other.write_text("another writer's")
+    with pytest.raises(FileExistsError):
+        checkpoint.write(checkpoint.read_manifest(manifest), 0, tmp_path / "m.safetensors", 10**9)
+    assert other.read_text() == "another writer's"
+
+
+def test_a_file_that_is_cut_or_no_safetensors_is_named(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    out.write_bytes(out.read_bytes()[:-1])
+    found = run(capsys, "verify", out, manifest)
+    assert found.status == 2
+    assert "It is cut or damaged: make or copy it again" in found.err
+    out.write_bytes(b"x" * 100)
+    assert f"{out}: a safetensors file must begin with its header" in run(capsys, "fingerprint", out).err
+
+
+def test_memory_is_that_of_a_window_whatever_the_size():
+    large = checkpoint.Entry("a", (10**6, 10**6), "float32", "he_normal", {})
+    for made, window in enumerate(checkpoint.windows(large, 0, "cpu")):
+        assert window.nbytes <= checkpoint.WINDOW_BYTES
+        if made == 1:
+            break
+    assert checkpoint.WINDOW_BYTES <= 2**27
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (5, 1, 3), (2, 0, 3), (4, 11)])
+@pytest.mark.parametrize("most", [1, 2, 5, 12, 1000])
+def test_cuts_follow_one_another_and_cover_the_shape(shape, most):
+    whole = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    found = [(whole[index], part) for index, part in checkpoint.cut(shape, most)]
+    assert all(piece.shape == part and piece.size <= most for piece, part in found)
+    assert [i for piece, _ in found for i in piece.reshape(-1)] == list(range(whole.size))
+
+
+def stop_at(calls: Iterator[int], stopping: BaseException, real: Callable) -> Callable:
+    """The real function, but for the call at which the calls of all such functions have come to 0."""
+
+    def call(*arguments: object) -> object:
+        if next(calls, None) == 0:
+            raise stopping
+        return real(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("shards", [10**9, 66_000])
+@pytest.mark.parametrize("stopping", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_and_ctrl_c_at_any_step_leave_nothing(
+    manifest, tmp_path, capsys, monkeypatch, stopping, shards
+):
+    """Stopped at every call that the writer makes of the system, one after another."""
+    for step in range(40):
+        count = functools.partial(stop_at, iter(range(step, -1, -1)), stopping)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "header_of", count(checkpoint.header_of))
+            patched.setattr(os, "fsync", count(os.fsync))
+            patched.setattr(Path, "rename", count(Path.rename))
+            patched.setattr(checkpoint, "windows", count(checkpoint.windows))
+            size = ("--max-shard-size", shards)
+            found = run(capsys, "checkpoint", manifest, "-o", tmp_path / "m.safetensors", *size)
+        if found.status == 0:
+            break
+        assert found.status == (130 if isinstance(stopping, KeyboardInterrupt) else 2)
+        assert "Nothing was left behind." in found.err
+        assert listed(tmp_path) == ["manifest.toml"], step
+    assert step >= 13  # ten tensors, a header, two fsyncs and a rename at least
+
+
+BIG = '{"tensors": {"w{0..31}": {"shape": [1024, 1024]}}}'  # 128 MiB
+
+
+def start_writer(folder: Path, shard: str = "5GB") -> subprocess.Popen:
+    (folder / "big.json").write_text(BIG)
+    command = [sys.executable, "-m", "gpuinit", "checkpoint", "big.json", "-o", "model.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(gpuinit.__file__).parent.parent)}
+    return subprocess.Popen(
+        [*command, "--max-shard-size", shard],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_half(writer: subprocess.Popen, folder: Path) -> None:
+    """Until the writer is in the middle."""
+    while sum(file.stat().st_size for file in folder.glob("*.partial")) < 2**24:
+        assert writer.poll() is None, writer.stderr.read()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "10MB"])
+def test_a_writer_that_is_killed_leaves_no_file_that_passes_for_a_model(tmp_path, capsys, shard):
+    writer = start_writer(tmp_path, shard)
+    wait_for_half(writer, tmp_path)
+    writer.kill()
+    writer.communicate()
+    left = listed(tmp_path)
+    assert [name for name in left if not name.endswith(".partial")] == ["big.json"]
+    found = run(capsys, "checkpoint", tmp_path / "big.json", "-o", tmp_path / "model.safetensors")
+    if shard == "5GB":
+        assert found.status == 2
+        assert "If none is running, delete it" in found.err
+    for name in tmp_path.glob("*.partial"):
+        name.unlink()
+    if shard == "5GB":
+        found = run(capsys, "checkpoint", tmp_path / "big.json", "-o", tmp_path / "model.safetensors")
+    assert found.status == 0
+    verified = run(capsys, "verify", tmp_path / "model.safetensors", tmp_path / "big.json")
+    assert verified.status == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_writer_that_is_interrupted_cleans_up(tmp_path, number):
+    writer = start_writer(tmp_path)
+    wait_for_half(writer, tmp_path)
+    writer.send_signal(number)
+    _, err = writer.communicate()
+    assert writer.returncode == 130
+    assert err == "gpuinit: stopped. Nothing was left behind.\n"
+    assert listed(tmp_path) == ["big.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("a disk of 64 MiB: there is no mount")
+    if done.returncode:
+        pytest.skip(f"a disk of 64 MiB: mount needs root ({done.stderr.strip()})")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "10MB"])
+def test_a_disk_that_is_too_small_or_runs_full_is_left_as_it_was(small_disk, capsys, monkeypatch, shard):
+    (small_disk / "big.json").write_text(BIG)
+    given = (small_disk / "big.json", "-o", small_disk / "model.safetensors", "--max-shard-size", shard)
+    found = run(capsys, "checkpoint", *given)
+    assert found.status == 2
+    assert "MB free, and model.safetensors takes 134.22 MB" in found.err
+
+    plenty = SimpleNamespace(free=10**12)  # as if another process took the room meanwhile
+    monkeypatch.setattr("gpuinit.checkpoint.shutil.disk_usage", lambda folder: plenty)
+    found = run(capsys, "checkpoint", *given)
+    assert found.status == 2
+    assert "No space left on device. Free some of the disk, or choose another" in found.err
+    assert "Nothing was left behind." in found.err
+    assert listed(small_disk) == ["big.json"]
+
+
+@pytest.mark.parametrize("size", ["0", "5XB", "x", "-1"])
+def test_a_bad_shard_size_is_named(manifest, tmp_path, capsys, size):
+    found = run(capsys, "checkpoint", manifest, "-o", tmp_path / "m.safetensors", f"--max-shard-size={size}")
+    assert f"--max-shard-size must be a size such as 5GB, 500MB or 2GiB, got '{size}'" in found.err
+    found = run(capsys, "verify", tmp_path / "m.safetensors", manifest, "--seed", -1)
+    assert "seed must be None or an integer in [0, 2**64), got -1" in found.err

@@ -1,0 +1,137 @@
+"""`gpuinit doctor`: what it says, and that it finds what is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpuinit import __main__, devices, doctor, quantile
+
+TABLE = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and output of the command."""
+    try:
+        __main__.main(["doctor", *arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0), capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """A laptop without CuPy."""
+    monkeypatch.setattr("gpuinit.devices.find_cuda_problem", lambda _: "CuPy is not installed")
+
+    monkeypatch.setattr("gpuinit.doctor.cuda_need_not_work", lambda: True)
+
+
+def statuses(report: dict) -> dict[str, str]:
+    return {check["backend"]: check["status"] for check in report["checks"]}
+
+
+def test_its_digests_are_those_of_the_golden_table():
+    table = {
+        (row["function"], row["keywords"]["dtype"]): row["sha256"]
+        for row in TABLE["arrays"]
+        if row["arguments"] == [list(doctor.SHAPE)] and row["keywords"]["seed"] == 0
+    }
+    assert TABLE["format"] == doctor.STREAM_FORMAT
+    assert len(doctor.GOLDEN) == 5
+    assert {dtype for _, dtype, _ in doctor.GOLDEN} == {"float32", "float16", "bfloat16", "float64"}
+    assert all(table[function, dtype] == digest for function, dtype, digest in doctor.GOLDEN)
+
+
+def test_a_laptop_without_cuda_is_healthy(no_cuda, capsys):
+    status, text = run(capsys, "--json")
+    report = json.loads(text)
+    assert (status, report["healthy"]) == (0, True)
+    assert statuses(report)["cpu, numpy"] == "ok"
+    assert statuses(report)["cuda"] == "absent"
+    assert {"gpuinit", "Python", "NumPy", "CPU", "CuPy", "settings"} <= set(report["facts"])
+
+
+def test_every_cuda_device_is_checked(cupy_sim, capsys):
+    status, text = run(capsys, "--json")
+    report = json.loads(text)
+    assert status == 0
+    assert statuses(report)["cuda:0"] == statuses(report)["cuda:1"] == "ok"
+    assert report["facts"]["driver"] == "supports CUDA 13.0"
+    assert report["facts"]["cuda:1"] == "Simulated, compute capability 9.0, 2.0 GiB"
+
+
+def test_wrong_bytes_are_found_and_are_the_exit_status(monkeypatch, no_cuda, capsys):
+    broken = (*quantile.P[:-1], np.nextafter(quantile.P[-1], np.float32(1)))
+    monkeypatch.setattr("gpuinit.quantile.P", broken)
+    monkeypatch.setattr("gpuinit.backends.cpu.numba_problem", lambda: "not here")
+    status, text = run(capsys)
+    assert status == 1
+    assert "✗  cpu, numpy  he_normal makes wrong bytes in float32." in text
+    assert "failed: see ✗ above" in text
+
+
+def test_a_kernel_that_does_not_compile_is_a_failure_with_cause_and_remedy(cupy_sim, monkeypatch, capsys):
+    def refuse(kernel: object) -> None:
+        raise RuntimeError("no headers found")
+
+    monkeypatch.setattr(cupy_sim.RawKernel, "compile", refuse)
+    status, text = run(capsys, "--json")
+    (check,) = [check for check in json.loads(text)["checks"] if check["backend"] == "cuda"]
+    assert (status, check["status"]) == (1, "failed")
+    assert "no headers found" in check["detail"]
+    assert devices.INSTALL in check["detail"]
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "need_not"), [(100, 12000, True), (35, 0, True), (35, 11000, False), (3, 1, False)]
+)
+def test_cuda_that_is_not_there_is_no_fault_and_one_that_is_broken_is(
+    cupy_sim, monkeypatch, status, driver, need_not
+):
+    def fail() -> int:
+        raise cupy_sim.runtime.CUDARuntimeError(status)
+
+    monkeypatch.setattr(cupy_sim.runtime, "getDeviceCount", fail)
+    monkeypatch.setattr(cupy_sim.runtime, "driverGetVersion", lambda: driver)
+    assert doctor.cuda_need_not_work() is need_not
+
+
+def test_a_broken_numba_is_a_failure_and_a_missing_one_is_not(monkeypatch):
+    monkeypatch.setattr("gpuinit.doctor.version", lambda package: "0.61")
+    assert doctor.check_cpu("numba", "importing Numba failed")["status"] == "failed"
+    monkeypatch.setattr("gpuinit.doctor.version", lambda package: "not installed")
+    assert doctor.check_cpu("numba", "Numba is not installed")["status"] == "absent"
+
+
+def test_each_engine_is_the_one_that_is_checked_and_the_setting_comes_back(monkeypatch):
+    ran = []
+    monkeypatch.setattr("gpuinit.doctor.check_bytes", lambda *_: ran.append(os.environ["GPUINIT_CPU_ENGINE"]))
+    before = os.environ["GPUINIT_CPU_ENGINE"]
+    doctor.check_cpu("numba", None)
+    monkeypatch.delenv("GPUINIT_CPU_ENGINE")
+    doctor.check_cpu("numpy", None)
+    assert "GPUINIT_CPU_ENGINE" not in os.environ
+    assert (before, ran) == ("numpy", ["numba", "numpy"])
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "a" / "b"))
+    assert doctor.kernel_cache() == (tmp_path / "a" / "b", True)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "b"))
+    assert doctor.kernel_cache() == (tmp_path / "file" / "b", False)
+
+
+def test_the_screen_is_80_columns_wide_and_takes_ascii(cupy_sim, capsys):
+    _, text = run(capsys)
+    long = doctor.row("  x  ", "/a/very/long/path" * 9 + " and words " * 20)
+    assert all(len(line) <= 80 for line in [*text.splitlines(), *long.splitlines()])
+    assert "  healthy" in text
+    assert "✓  cpu, numpy  5 golden digests equal" in text
+    assert doctor.marks("ascii") == doctor.ASCII_MARKS
+    assert doctor.marks("utf-8") == doctor.MARKS
