@@ -14,7 +14,6 @@ Eagerly the weights are made on the device of the key: a CPU, or a GPU through C
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
@@ -35,6 +34,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 import gpuinit
 from gpuinit.fans import TRUNCATED_STD, Axes
 from gpuinit.initializers import Shape, parse_dtype
+from gpuinit.memory import empty_aligned
 from gpuinit.rules import Rule, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import Index, as_integer, parse_index, parse_seed, parse_shape
 
@@ -54,8 +54,6 @@ __all__ = [
 
 Initializer = Callable[..., jax.Array]
 Fill = Callable[..., Any]  # a function of gpuinit, such as gpuinit.he_normal, or a partial of one
-
-ALIGNMENT = 64  # bytes; XLA takes memory aligned so as it is, and copies any other
 
 
 def called(*words: str) -> Callable[[Any, str], bool]:
@@ -166,7 +164,9 @@ def truncated_normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
     return initializer_of(partial(gpuinit.truncated_normal, stddev=stddev), dtype)
 
 
-def initializer_of(fill: Fill, default_dtype: Any) -> Initializer:
+def initializer_of(fill: Fill, default_dtype: Any, name: str | None = None) -> Initializer:
+    fill = partial(fill, name=name)
+
     def init(key: Any, shape: Shape, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
         words = key_words(key)
         parsed = parse_shape(shape)
@@ -179,7 +179,7 @@ def initializer_of(fill: Fill, default_dtype: Any) -> Initializer:
             return traced_shards(
                 fill, words, parsed, made_of, named_sharding(out_sharding, jax.sharding.get_abstract_mesh())
             )
-        make = partial(make_on, fill, parsed, seed=seed_of(np.asarray(words)), name=None, dtype=made_of)
+        make = partial(make_on, fill, parsed, seed=seed_of(np.asarray(words)), name=name, dtype=made_of)
         if out_sharding is None:
             committed = words.committed and len(words.devices()) == 1
             return make(words.device if committed else None)
@@ -335,21 +335,13 @@ def make_on(
         return (
             jax.dlpack.from_dlpack(made) if hasattr(made, "__cuda_array_interface__") else put(made, device)
         )
-    out = empty(parse_index(index, shape)[2], dtype)
+    out = empty_aligned(parse_index(index, shape)[2], dtype)
     fill(shape, seed=seed, name=name, device="cpu", out=out, index=index)
     return put(out, device)
 
 
 def put(made: np.ndarray, device: jax.Device | None) -> jax.Array:
-    return jax.device_put(made, device, may_alias=True)  # nobody else knows this memory
-
-
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX takes over without a copy on the CPU."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return jax.device_put(made, device)  # without a copy where it is aligned
 
 
 def gather(make: Callable[..., jax.Array], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
