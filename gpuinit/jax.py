@@ -296,7 +296,7 @@ def key_words(key: Any) -> jax.Array:
     words = jax.random.key_data(key) if typed else key
     if words.dtype != np.uint32 or words.shape not in ((2,), (4,)):
         raise ValueError(f"{wanted}, got {words.dtype} of shape {words.shape}")
-    return words[:2]  # an operation, so that a key from outside of jit is traced as well
+    return jnp.array(words[:2], copy=True)  # an operation, so that under jit a key from outside is traced
 
 
 def seed_of(words: np.ndarray) -> int:
