@@ -72,6 +72,26 @@ def jax_he_normal() -> Make:
     return lambda shape, dtype, seed: make(seed, shape, dtype).block_until_ready()
 
 
+def gpuinit_jax() -> Make:
+    os.environ["GPUINIT_CPU_ENGINE"] = "numba"
+    sys.path.insert(0, str(CHECKOUT))
+    import jax
+
+    import gpuinit.jax
+
+    initializer = gpuinit.jax.he_normal()
+    return lambda shape, dtype, seed: initializer(jax.random.key(seed), shape, dtype).block_until_ready()
+
+
+def gpuinit_keras_on_torch() -> Make:
+    os.environ["GPUINIT_CPU_ENGINE"] = "numba"
+    os.environ["KERAS_BACKEND"] = "torch"
+    sys.path.insert(0, str(CHECKOUT))
+    import gpuinit.keras
+
+    return lambda shape, dtype, seed: gpuinit.keras.HeNormal(seed)(shape, dtype=dtype)
+
+
 def keras_on_jax() -> Make:
     os.environ["KERAS_BACKEND"] = "jax"
     import jax  # noqa: F401
@@ -151,6 +171,8 @@ def parent_std(shape: tuple[int, ...]) -> float:
 PEERS: dict[str, tuple[Callable[[], Make], bool | None, Callable[[tuple[int, ...]], float]]] = {
     "gpuinit, Numba engine": (gpuinit_numba, True, parent_std),
     "gpuinit, NumPy engine": (gpuinit_numpy, True, parent_std),
+    "gpuinit.jax he_normal": (gpuinit_jax, True, parent_std),
+    "gpuinit.keras on torch": (gpuinit_keras_on_torch, True, parent_std),
     "jax he_normal, jitted": (jax_he_normal, True, parent_std),
     "keras HeNormal on jax": (keras_on_jax, True, parent_std),
     "keras HeNormal on torch": (keras_on_torch, True, parent_std),

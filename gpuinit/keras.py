@@ -1,0 +1,381 @@
+"""Keras 3: its initialisers with the bits of gpuinit, the same on every backend, and whole models.
+
+    Dense(64, activation="relu", kernel_initializer=gpuinit.keras.HeNormal(seed=0))
+    gpuinit.keras.initialize(model, seed=0)    every variable its own stream, keyed by its path
+
+The classes are subclasses of Keras's own, with their arguments, their configuration and their seeds; only the
+draw differs. `HeNormal(seed=n)(shape)` has the bits of `gpuinit.he_normal(shape, seed=n)`. A seed that is an
+integer or None gives the same weights on every call of one instance, as in Keras: two layers of one shape
+that share it start equal. Give each its own, or a `keras.random.SeedGenerator`, or use `initialize`.
+
+The tensor is one of the active backend, on its device: on a GPU made there through CuPy and not copied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod, sqrt
+from types import FunctionType
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+try:
+    import keras
+except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise
+    raise ImportError(
+        'gpuinit.keras needs Keras. To install it: pip install "gpuinit[keras]", and one of its backends'
+    ) from error
+
+from keras import initializers, layers
+
+import gpuinit
+from gpuinit.fans import DEFAULT_AXES, TRUNCATED_STD, fans, parent_std, uniform_limit
+from gpuinit.initializers import DTYPES, parse_dtype
+from gpuinit.memory import empty_aligned
+from gpuinit.rules import Report, Row, Rule, find_rule, parse_rules, refuse_uncovered
+from gpuinit.stream import as_integer, parse_seed, parse_shape
+
+__all__ = [
+    "DEFAULT_RULES",
+    "GlorotNormal",
+    "GlorotUniform",
+    "HeNormal",
+    "HeUniform",
+    "LecunNormal",
+    "LecunUniform",
+    "Report",
+    "Row",
+    "TruncatedNormal",
+    "VarianceScaling",
+    "initialize",
+]
+
+Fill = Callable[..., Any]  # a function of gpuinit, or a partial of one
+
+register = keras.saving.register_keras_serializable(package="gpuinit")
+
+
+class Draw:
+    """The call that all share. A subclass has `fill`, which draws, and `std`, the deviation of that."""
+
+    fill: Callable[[tuple[int, ...]], Fill]
+    std: Callable[[tuple[int, ...]], float]
+
+    def __call__(self, shape: Any, dtype: Any = None, layout: Any = None) -> Any:
+        """A tensor of the active backend.
+
+        Args:
+            shape: Shape of the whole tensor.
+            dtype: "float32", "float16", "bfloat16" or "float64"; None is `keras.config.floatx()`.
+            layout: With the JAX backend, a `keras.distribution.TensorLayout` or a sharding: every device
+                makes its own shard.
+        """
+        return self.draw(shape, dtype, layout, seed_of(self.seed), None)  # type: ignore[attr-defined]
+
+    def draw(self, shape: Any, dtype: Any, layout: Any, seed: Any, name: str | None) -> Any:
+        """The same, from the stream of a name."""
+        parsed = parse_shape(shape)
+        fill = self.fill(parsed)
+        return tensor(fill, parsed, keras.backend.standardize_dtype(dtype), layout, seed, name)
+
+
+@register
+class VarianceScaling(Draw, initializers.VarianceScaling):  # type: ignore[misc]
+    """Weights of variance scale / fan: as `keras.initializers.VarianceScaling`.
+
+    distribution is "truncated_normal", also called "normal", or "uniform"; "untruncated_normal" is refused.
+    With input_axes and output_axes, as in Keras, the fans are the products of those axes and no others count:
+    `DepthwiseConv2D` has kernels (height, width, channels, multiplier), and needs input_axes=(0, 1),
+    output_axes=(0, 1, 3) for the fan_in that each of its outputs has.
+    """
+
+    def fill(self, shape: tuple[int, ...]) -> Fill:
+        """Bound to the width, in which scale, mode and fans end up."""
+        distribution, width = self.width(shape)
+        if distribution == "uniform":
+            return partial(gpuinit.uniform, limit=width)
+        return partial(gpuinit.truncated_normal, stddev=width)
+
+    def std(self, shape: tuple[int, ...]) -> float:
+        """The standard deviation of the weights."""
+        distribution, width = self.width(shape)
+        return width / sqrt(3) if distribution == "uniform" else width * TRUNCATED_STD
+
+    def width(self, shape: tuple[int, ...]) -> tuple[str, float]:
+        """The distribution, and its limit or the standard deviation before truncation."""
+        if self.input_axes is not None and self.output_axes is not None:
+            fan_in, fan_out = (
+                prod(shape[axis] for axis in axes) for axes in (self.input_axes, self.output_axes)
+            )
+        else:
+            fan_in, fan_out = fans(shape, *DEFAULT_AXES)
+        fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
+        if self.distribution == "untruncated_normal":
+            raise ValueError(
+                f"distribution must be truncated_normal or uniform here, got {self.distribution!r}"
+            )
+        width_of = uniform_limit if self.distribution == "uniform" else parent_std
+        return self.distribution, width_of(self.scale, fan)
+
+
+@register
+class HeNormal(VarianceScaling, initializers.HeNormal):  # type: ignore[misc]
+    """Truncated He-normal weights, std = sqrt(2 / fan_in): as `keras.initializers.HeNormal`."""
+
+
+@register
+class HeUniform(VarianceScaling, initializers.HeUniform):  # type: ignore[misc]
+    """Uniform He weights, limit = sqrt(6 / fan_in): as `keras.initializers.HeUniform`."""
+
+
+@register
+class GlorotNormal(VarianceScaling, initializers.GlorotNormal):  # type: ignore[misc]
+    """Truncated Glorot-normal weights, std = sqrt(2 / (fan_in + fan_out)): as in `keras.initializers`."""
+
+
+@register
+class GlorotUniform(VarianceScaling, initializers.GlorotUniform):  # type: ignore[misc]
+    """Uniform Glorot weights, limit = sqrt(6 / (fan_in + fan_out)): as in `keras.initializers`."""
+
+
+@register
+class LecunNormal(VarianceScaling, initializers.LecunNormal):  # type: ignore[misc]
+    """Truncated LeCun-normal weights, std = sqrt(1 / fan_in): as `keras.initializers.LecunNormal`."""
+
+
+@register
+class LecunUniform(VarianceScaling, initializers.LecunUniform):  # type: ignore[misc]
+    """Uniform LeCun weights, limit = sqrt(3 / fan_in): as `keras.initializers.LecunUniform`."""
+
+
+@register
+class TruncatedNormal(Draw, initializers.TruncatedNormal):  # type: ignore[misc]
+    """A normal distribution cut at two of its standard deviations: as `keras.initializers.TruncatedNormal`.
+
+    mean must be 0; stddev is that before the cut.
+    """
+
+    def fill(self, shape: tuple[int, ...]) -> Fill:
+        """Bound to the standard deviation."""
+        if self.mean != 0:
+            raise ValueError(
+                f"mean must be 0 here; use keras.initializers.TruncatedNormal, got {self.mean!r}"
+            )
+        return partial(gpuinit.truncated_normal, stddev=self.stddev)
+
+    def std(self, shape: tuple[int, ...]) -> float:
+        """The standard deviation of the weights."""
+        return float(self.stddev) * TRUNCATED_STD
+
+
+def seed_of(seed: Any) -> Any:
+    """The 64 bits of one call, as Keras's own draws them.
+
+    An integer is itself. The state of a SeedGenerator is two words of 32 bits, its seed and a count; the
+    first is the low one, so that its first draw is that of the integer. Under JAX's jit it is traced.
+    """
+    if not isinstance(seed, keras.random.SeedGenerator):
+        return seed
+    state = seed.next()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if isinstance(state, jax.core.Tracer):
+            return state[::-1]
+    low, high = (int(word) % 2**32 for word in keras.ops.convert_to_numpy(state))  # torch's are signed
+    return low | high << 32
+
+
+def tensor(fill: Fill, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None) -> Any:
+    """Filled, on the device of the active backend."""
+    parse_dtype(dtype)
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return jax_array(fill, shape, dtype, layout, seed, name)
+    make = partial(fill, shape, seed=seed, name=name, dtype=dtype)
+    if backend == "torch":
+        return torch_tensor(make, shape, dtype)
+    if backend == "tensorflow":
+        return tensorflow_tensor(make, shape, dtype)
+    array = make(device="cpu")
+    return array if backend == "numpy" else keras.ops.convert_to_tensor(array)
+
+
+def jax_array(
+    fill: Fill, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
+) -> Any:
+    import jax
+
+    import gpuinit.jax
+
+    sharding = getattr(layout, "backend_layout", layout)
+    if not isinstance(seed, jax.Array):
+        key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
+        seed = np.array([key >> 32, key % 2**32], np.uint32)
+    return gpuinit.jax.initializer_of(fill, dtype, name)(seed, shape, None, sharding)
+
+
+def torch_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:
+    import torch
+
+    device = keras.ops.convert_to_tensor(0.0).device
+    if device.type == "meta":
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    array = make(device=f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu")
+    if not isinstance(array, np.ndarray):
+        return torch.from_dlpack(array)
+    if dtype == "bfloat16":  # torch takes none from NumPy; the bits pass as integers
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
+def tensorflow_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:
+    import tensorflow as tf
+
+    if not tf.executing_eagerly():
+        return tf.convert_to_tensor(make(device="cpu"))
+    place = re.search(r"GPU:(\d+)$", tf.zeros(()).device)
+    if place is None:
+        array = make(out=empty_aligned(shape, DTYPES[dtype]))
+        bits = array.view(np.int16) if dtype == "bfloat16" else array  # which NumPy's DLPack does not know
+        taken = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+        return tf.bitcast(taken, dtype) if dtype == "bfloat16" else taken
+    array = make(device=f"cuda:{place[1]}")
+    if isinstance(array, np.ndarray):
+        return tf.convert_to_tensor(array)
+    import cupy
+
+    cupy.cuda.get_current_stream().synchronize()  # TensorFlow's DLPack knows no streams
+    return tf.experimental.dlpack.from_dlpack(array.toDlpack())
+
+
+# Whole models
+
+DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+KERNELS = (
+    *(layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D, layers.Conv3D),
+    *(*DEPTHWISE, *SEPARABLE, *TRANSPOSED),
+)
+NORMS = (
+    *(layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization),
+    layers.RMSNormalization,
+)
+
+
+def he_normal_of(layer: Any) -> HeNormal:
+    """He-normal with the fans that the kernel of this layer has."""
+    if isinstance(layer, layers.EinsumDense):  # as Keras reads its equation
+        _, kernel, output = re.split(",|->", re.sub(r"\s|\.\.\.", "", layer.equation))
+        input_axes = [axis for axis, letter in enumerate(kernel) if letter not in output]
+        output_axes = [axis for axis, letter in enumerate(kernel) if letter in output]
+        return HeNormal(input_axes=input_axes, output_axes=output_axes)
+    spatial = list(range(getattr(layer, "rank", 0)))
+    if isinstance(layer, (*DEPTHWISE, *SEPARABLE)):  # (*spatial, channels, multiplier): one channel in
+        return HeNormal(input_axes=spatial, output_axes=[*spatial, -1])
+    if isinstance(layer, TRANSPOSED):  # (*spatial, out, in)
+        return HeNormal(input_axes=[*spatial, -1], output_axes=[*spatial, -2])
+    return HeNormal()
+
+
+def variable_of(types: Any, *names: str) -> Callable[[Any, str], bool]:
+    """True for variables of these layers that have one of these names of their own."""
+    return lambda layer, path: isinstance(layer, types) and path.rpartition("/")[2] in names
+
+
+DEFAULT_RULES: tuple[Rule, ...] = (
+    (variable_of(SEPARABLE, "pointwise_kernel"), HeNormal()),
+    (variable_of(KERNELS, "kernel", "depthwise_kernel"), he_normal_of),
+    (variable_of(KERNELS, "bias"), "zeros"),
+    (variable_of(NORMS, "gamma", "scale", "moving_variance"), "ones"),
+    (variable_of(NORMS, "beta", "moving_mean"), "zeros"),
+    # 0.02 is the standard deviation of the weights, after truncation.
+    (variable_of(layers.Embedding, "embeddings"), TruncatedNormal(stddev=0.02 / TRUNCATED_STD)),
+)
+
+
+def initialize(
+    model: Any, seed: SupportsIndex = 0, rules: Sequence[Rule] | None = None, *, strict: bool = True
+) -> Report:
+    """Fill every weight of a built model, each from a stream of its own, keyed by its path.
+
+    The path is that of Keras, "dense/kernel" or "sequential/dense/kernel". Adding a layer changes no other
+    weight, and no two are alike. The bits are those of `gpuinit.he_normal(shape, seed=seed, name=path)`, on
+    every backend. Keras numbers the names that it gives itself through the whole process ("dense_1"): name
+    the layers and the model, or call `keras.utils.clear_session()` before building it, where a second model
+    of one process shall start like the first.
+
+    The default rules are `DEFAULT_RULES`:
+
+        Dense, EinsumDense, Conv, ...   kernel He-normal, bias 0
+        DepthwiseConv, SeparableConv,   the same, with the fans that
+        ConvTranspose                   these have; Keras's are wrong
+        BatchNormalization, ...         gamma 1, beta 0, moving statistics 0 and 1
+        Embedding                       truncated normal, standard deviation 0.02
+
+    Args:
+        model: A built `keras.Model` or layer.
+        seed: An integer in [0, 2**64).
+        rules: Pairs (pattern, initialiser), of which the first that fits is taken. A pattern is a glob on the
+            path ("*/gate/kernel"), or a function (layer, path) -> bool, given the layer that owns the
+            variable. An initialiser is what `keras.initializers.get` takes, with the seed and the path in
+            place of its own seed if it is one of this module's, or a function layer -> initialiser. To add to
+            the default rules: [(pattern, initialiser), *DEFAULT_RULES].
+        strict: False leaves a weight alone that no rule covers. Weights that are not trainable are left alone
+            then in any case.
+
+    Returns:
+        A row for every weight: path, shape, dtype, rule and standard deviation; `print` shows a table.
+
+    Raises:
+        ValueError: No rule covers a trainable weight, and strict. Nothing is written then.
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"model must be a keras.Model or keras.Layer, got {type(model).__name__}")
+    if not model.built:
+        raise ValueError(
+            f"model must be built; call it once, or give it an Input, got {model.name!r} unbuilt"
+        )
+    key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
+    chosen = parse_rules(DEFAULT_RULES if rules is None else rules)
+    owners = {}
+    for layer in model._flatten_layers():  # parents first, so that the innermost stays
+        owners.update({id(variable): layer for variable in layer.weights})
+    plan = []
+    for variable in model.weights:
+        owner = owners[id(variable)]
+        initializer = find_rule(chosen, owner, variable.path)
+        if isinstance(initializer, FunctionType):
+            initializer = initializer(owner)
+        plan.append((variable, None if initializer is None else initializers.get(initializer)))
+    if strict:
+        refuse_uncovered([v.path for v, initializer in plan if initializer is None and v.trainable])
+    return Report([apply(initializer, variable, key) for variable, initializer in plan])
+
+
+def apply(initializer: Any, variable: Any, key: int) -> Row:
+    shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
+    rule, std = "-", None
+    if initializer is not None:
+        rule = type(initializer).__name__
+        try:
+            if isinstance(initializer, Draw):
+                layout = None
+                if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:
+                    layout = variable.value.sharding
+                variable.assign(initializer.draw(shape, dtype, layout, key, variable.path))
+                std = initializer.std(shape)
+            else:
+                variable.assign(initializer(shape, dtype))
+                if isinstance(initializer, initializers.Zeros | initializers.Ones | initializers.Constant):
+                    std = 0.0
+        except Exception as error:
+            error.add_note(f"This is variable {variable.path}.")
+            raise
+    return Row(variable.path, shape, dtype, rule, std)

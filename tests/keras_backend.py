@@ -1,0 +1,293 @@
+"""Run by test_keras.py, once for each backend of Keras: python keras_backend.py BACKEND FOLDER"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+BACKEND, FOLDER = sys.argv[1], Path(sys.argv[2])
+os.environ["KERAS_BACKEND"] = BACKEND
+
+import keras  # noqa: E402
+import ml_dtypes  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import gpuinit  # noqa: E402
+import gpuinit.keras  # noqa: E402
+from gpuinit.fans import TRUNCATED_STD  # noqa: E402
+
+assert keras.backend.backend() == BACKEND
+warnings.simplefilter("error", gpuinit.FallbackWarning)
+FAMILY = (
+    *("HeNormal", "HeUniform", "GlorotNormal", "GlorotUniform", "LecunNormal", "LecunUniform"),
+    *("VarianceScaling", "TruncatedNormal"),
+)
+CORE = dict(
+    zip(
+        FAMILY,
+        (
+            *(gpuinit.he_normal, gpuinit.he_uniform, gpuinit.glorot_normal, gpuinit.glorot_uniform),
+            *(
+                gpuinit.lecun_normal,
+                gpuinit.lecun_uniform,
+                gpuinit.variance_scaling,
+                gpuinit.truncated_normal,
+            ),
+        ),
+        strict=True,
+    )
+)
+
+
+def as_numpy(tensor):
+    if BACKEND == "torch" and "bfloat16" in str(tensor.dtype):
+        import torch
+
+        return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.detach() if BACKEND == "torch" else tensor)
+
+
+def check(tensor, fill, shape, **kwargs):
+    array, expected = as_numpy(tensor), fill(shape, device="cpu", **kwargs)
+    found = (array.dtype, array.shape, array.tobytes())
+    assert found == (expected.dtype, expected.shape, expected.tobytes()), (fill, shape, kwargs, array.dtype)
+
+
+def differ(*tensors):
+    assert len({as_numpy(tensor).tobytes() for tensor in tensors}) == len(tensors)
+
+
+def raises(kind, message, call, *args, **kwargs):
+    with pytest.raises(kind, match=re.escape(message)):
+        call(*args, **kwargs)
+
+
+def bits():
+    """Every class, shape and dtype has the core's bits, in a tensor of the backend."""
+    for name in FAMILY:
+        for shape in [(), (5,), (0, 3), (60, 40), (3, 3, 8, 16)]:
+            tensor = getattr(gpuinit.keras, name)(seed=2**63 + 7)(shape)
+            assert keras.ops.is_tensor(tensor)
+            check(tensor, CORE[name], shape, seed=2**63 + 7)
+    for dtype in ("float16", "bfloat16", *(["float64"] if BACKEND != "jax" else [])):
+        tensor = gpuinit.keras.HeNormal(seed=3)((60, 40), dtype)
+        check(tensor, gpuinit.he_normal, (60, 40), seed=3, dtype=dtype)
+        assert keras.backend.standardize_dtype(tensor.dtype) == dtype
+    keras.config.set_floatx("float16")
+    check(gpuinit.keras.HeNormal(seed=3)((9, 4)), gpuinit.he_normal, (9, 4), seed=3, dtype="float16")
+    keras.config.set_floatx("float32")
+    array = as_numpy(gpuinit.keras.HeNormal(seed=0)((1024, 1024)))
+    assert np.abs(array).max() <= np.float32(2) * np.float32(np.sqrt(2 / 1024) / TRUNCATED_STD)
+    scaled = gpuinit.keras.VarianceScaling(0.3, "fan_avg", "normal", seed=1)((8, 6))
+    check(scaled, gpuinit.variance_scaling, (8, 6), scale=0.3, mode="fan_avg", seed=1)
+
+
+def seeds():
+    """Keras's meaning of int, None and SeedGenerator."""
+    shape = (8, 6)
+    one = gpuinit.keras.HeNormal(seed=1)
+    assert as_numpy(one(shape)).tobytes() == as_numpy(one(shape)).tobytes()
+    unseeded = gpuinit.keras.HeNormal()
+    assert as_numpy(unseeded(shape)).tobytes() == as_numpy(unseeded(shape)).tobytes()
+    differ(unseeded(shape), gpuinit.keras.HeNormal()(shape), unseeded.clone()(shape))
+    generator = keras.random.SeedGenerator(1)
+    drawn = gpuinit.keras.HeNormal(seed=generator)
+    check(drawn(shape), gpuinit.he_normal, shape, seed=1)
+    check(drawn(shape), gpuinit.he_normal, shape, seed=1 | 1 << 32)
+    check(gpuinit.keras.HeUniform(generator)(shape), gpuinit.he_uniform, shape, seed=1 | 2 << 32)
+    negative = keras.random.SeedGenerator(2**31 - 1)
+    check(gpuinit.keras.HeNormal(negative)(shape), gpuinit.he_normal, shape, seed=2**31 - 1)
+    raises(ValueError, "seed", gpuinit.keras.HeNormal, "x")
+    raises(ValueError, "got -1", gpuinit.keras.HeNormal(-1), shape)
+    raises(
+        ValueError,
+        "got 'untruncated_normal'",
+        gpuinit.keras.VarianceScaling(1, "fan_in", "untruncated_normal"),
+        shape,
+    )
+    raises(ValueError, "mean must be 0", gpuinit.keras.TruncatedNormal(1.0), shape)
+    raises(ValueError, "dtype must be one of", gpuinit.keras.HeNormal(), shape, "int32")
+
+
+def configurations():
+    """The keys and the arguments are Keras's own."""
+    for name in FAMILY:
+        ours, theirs = getattr(gpuinit.keras, name), getattr(keras.initializers, name)
+        assert ours(seed=4).get_config() == theirs(seed=4).get_config()
+        assert isinstance(ours(), theirs)
+        again = ours.from_config(ours(seed=4).get_config())
+        assert type(again) is type(again.clone()) is ours
+        check(again((9, 4)), CORE[name], (9, 4), seed=4)
+        saved = keras.saving.serialize_keras_object(ours(seed=4))
+        assert saved["registered_name"] == f"gpuinit>{name}"
+        assert type(keras.saving.deserialize_keras_object(saved)) is ours
+    generator = gpuinit.keras.HeNormal(keras.random.SeedGenerator(5))
+    check(generator.clone()((9, 4)), gpuinit.he_normal, (9, 4), seed=5)
+
+
+def fans():
+    """Axes as in Keras; depthwise kernels get the fan that they have; EinsumDense names its own."""
+    axes = gpuinit.keras.HeNormal(1, input_axes=(0, 1), output_axes=(0, 1, 3))
+    layer = keras.layers.DepthwiseConv2D(3, depthwise_initializer=axes)
+    layer.build((None, 8, 8, 256))
+    expected = {"in_axis": (), "out_axis": 3, "batch_axis": 2, "seed": 1}
+    check(layer.kernel.value, gpuinit.he_normal, (3, 3, 256, 1), **expected)
+    layer = keras.layers.EinsumDense(
+        "abc,cde->abde", (None, 4, 5), kernel_initializer=gpuinit.keras.HeNormal(1)
+    )
+    layer.build((None, 7, 12))
+    check(layer.kernel.value, gpuinit.he_normal, (12, 4, 5), seed=1, in_axis=0, out_axis=(1, 2))
+
+
+def saved_model():
+    """A .keras file brings the classes and the weights back."""
+    model = small_model()
+    x = np.ones((2, 12, 12, 3), np.float32)
+    before = as_numpy(model(x))
+    model.save(FOLDER / f"{BACKEND}.keras")
+    again = keras.saving.load_model(FOLDER / f"{BACKEND}.keras")
+    assert as_numpy(again(x)).tobytes() == before.tobytes()
+    initializer = again.get_layer("last").kernel_initializer
+    assert type(initializer) is gpuinit.keras.HeNormal
+    assert initializer.get_config()["seed"] == 11
+    check(initializer((16, 4)), gpuinit.he_normal, (16, 4), seed=11)
+
+
+def small_model():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            layers.Conv2D(8, 3, name="conv", kernel_initializer=gpuinit.keras.HeNormal()),
+            layers.BatchNormalization(name="norm"),
+            layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise"),
+            layers.SeparableConv2D(4, 3, name="separable"),
+            layers.Conv2DTranspose(5, 3, name="transposed"),
+            layers.Flatten(name="flat"),
+            layers.Dropout(0.5, seed=1),
+            layers.Dense(16, name="first"),
+            layers.Dense(4, name="last", kernel_initializer=gpuinit.keras.HeNormal(seed=11)),
+        ],
+        name="model",
+    )
+
+
+def whole_model():
+    model = small_model()
+    report = gpuinit.keras.initialize(model, seed=5)
+    by_path = {variable.path.removeprefix("model/"): variable for variable in model.weights}
+    named = {variable.path.removeprefix("model/"): variable.path for variable in model.weights}
+    depthwise = {"in_axis": (), "out_axis": 3, "batch_axis": 2}
+    for path, axes in {
+        "conv/kernel": {},
+        "depthwise/kernel": depthwise,
+        "separable/depthwise_kernel": depthwise,
+        "separable/pointwise_kernel": {},
+        "transposed/kernel": {"in_axis": -1, "out_axis": -2},
+        "first/kernel": {},
+        "last/kernel": {},
+    }.items():
+        weight = by_path[path]
+        check(weight.value, gpuinit.he_normal, tuple(weight.shape), seed=5, name=named[path], **axes)
+    for path in ("conv/bias", "norm/beta", "norm/moving_mean", "last/bias"):
+        assert not as_numpy(by_path[path].value).any()
+    for path in ("norm/gamma", "norm/moving_variance"):
+        assert (as_numpy(by_path[path].value) == 1).all()
+    assert [row.name for row in report] == [variable.path for variable in model.weights]
+    row = next(row for row in report if row.name == named["depthwise/kernel"])
+    assert abs(row.std - (2 / 9) ** 0.5) < 1e-12
+    assert abs(as_numpy(by_path["first/kernel"].value).std() / report[-4].std - 1) < 0.02
+    assert max(map(len, str(report).splitlines())) <= 80
+    table = str(report).splitlines()
+    assert table[0].split() == ["name", "shape", "dtype", "rule", "std"]
+    assert table[-1] == f"{len(report)} parameters, {model.count_params():,} elements"
+
+    attention = keras.layers.MultiHeadAttention(2, 4, name="attention")
+    attention.build((None, 5, 12), (None, 5, 12))
+    gpuinit.keras.initialize(attention, 5)
+    for kernel, shape, axes in (
+        (attention.query_dense.kernel, (12, 2, 4), {"in_axis": 0, "out_axis": (1, 2)}),
+        (attention.output_dense.kernel, (2, 4, 12), {"in_axis": (0, 1), "out_axis": 2}),
+    ):
+        check(kernel.value, gpuinit.he_normal, shape, seed=5, name=kernel.path, **axes)
+
+    table = keras.layers.Embedding(30, 20, name="table")
+    table.build()
+    rules = [("*embeddings", gpuinit.keras.HeUniform(seed=3)), *gpuinit.keras.DEFAULT_RULES]
+    assert gpuinit.keras.initialize(table, 5)[0].std == 0.02
+    (row,) = gpuinit.keras.initialize(table, 5, rules)
+    check(table.embeddings.value, gpuinit.he_uniform, (30, 20), seed=5, name=table.embeddings.path)
+    assert row.rule == "HeUniform"
+
+    lstm = keras.layers.LSTM(3, name="lstm")
+    lstm.build((None, 5, 2))
+    before = [as_numpy(weight.value).copy() for weight in lstm.weights]
+    raises(ValueError, "got none for ", gpuinit.keras.initialize, lstm)
+    rows = gpuinit.keras.initialize(lstm, strict=False)
+    assert {(row.rule, row.std) for row in rows} == {("-", None)}
+    assert all((a == as_numpy(w.value)).all() for a, w in zip(before, lstm.weights, strict=True))
+    (row, *_) = gpuinit.keras.initialize(lstm, rules=[("*", "ones")])
+    assert row[3:] == ("Ones", 0.0)
+    raises(ValueError, "model must be built", gpuinit.keras.initialize, keras.layers.Dense(3))
+    raises(TypeError, "got int", gpuinit.keras.initialize, 3)
+
+
+def memory():
+    """Of 64 MiB, no more than one copy beyond it, in the whole process."""
+    gpuinit.keras.HeNormal(1)((8, 8))
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = int(re.findall(r"VmRSS:\s+(\d+) kB", status.read_text())[0])
+    tensor = gpuinit.keras.HeNormal(1)((4096, 4096))
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) - before
+    print(f"memory {BACKEND}: {peak / 1024 - 64:.0f} MiB beyond the weight of 64 MiB")
+    assert peak / 1024 < 64 * 2 + 24, peak  # 16 MiB of scratch, and what the process needs besides
+    del tensor
+
+
+def elsewhere():
+    """JAX: a layout makes every device its own shard. TensorFlow: a graph; torch: the meta device."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        made = tf.function(lambda: gpuinit.keras.HeNormal(3)((12, 16), "bfloat16"))()
+        check(made, gpuinit.he_normal, (12, 16), seed=3, dtype="bfloat16")
+    if BACKEND == "torch":
+        with keras.device("meta"):
+            assert gpuinit.keras.HeNormal(3)((2**20, 2**20), "bfloat16").is_meta
+    if BACKEND != "jax":
+        return
+    import jax
+
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 4, devices
+    mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], devices)
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map[".*kernel"] = (None, "model")
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
+    layer = keras.layers.Dense(16, kernel_initializer=gpuinit.keras.HeNormal(3), name="sharded")
+    layer.build((None, 12))
+    check(layer.kernel.value, gpuinit.he_normal, (12, 16), seed=3)
+    assert layer.kernel.value.sharding.shard_shape((12, 16)) == (12, 8)
+    gpuinit.keras.initialize(layer, 5)
+    check(layer.kernel.value, gpuinit.he_normal, (12, 16), seed=5, name=layer.kernel.path)
+    assert layer.kernel.value.sharding.shard_shape((12, 16)) == (12, 8)
+    keras.distribution.set_distribution(None)
+    init = gpuinit.keras.HeNormal(keras.random.SeedGenerator(6))
+
+    def traced(state):
+        with keras.StatelessScope([(init.seed.state, state)]):
+            return init((12, 16))
+
+    check(jax.jit(traced)(init.seed.state.value), gpuinit.he_normal, (12, 16), seed=6)
+
+
+for test in (memory, bits, seeds, configurations, fans, saved_model, whole_model, elsewhere):
+    test()
+print("equal")

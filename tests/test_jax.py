@@ -1,0 +1,297 @@
+"""gpuinit.jax: the bits of the core, eager, traced and sharded; what JAX's users hand to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import gpuinit
+
+jax = pytest.importorskip("jax", reason='JAX is not installed: pip install "gpuinit[jax]"')
+
+import jax.numpy as jnp  # noqa: E402
+
+import gpuinit.jax  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+SHAPE = (96, 40)
+SEED = 0xFEDCBA98_76543210
+
+
+def key(seed=SEED, **kwargs):
+    """The typed key whose two words are this seed; jax.random.key takes 32 bits only without x64."""
+    words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
+    return jax.random.wrap_key_data(words, **kwargs)
+
+
+def same(array, expected):
+    array = np.asarray(array)
+    return (array.dtype, array.shape, array.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+def core(shape=SHAPE, fill=gpuinit.he_normal, **kwargs):
+    return fill(shape, **({"seed": SEED, "device": "cpu"} | kwargs))
+
+
+NAMES = ("he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "lecun_normal", "lecun_uniform")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_family_has_the_bits_of_the_core(name):
+    assert same(getattr(gpuinit.jax, name)()(key(), SHAPE), core(fill=getattr(gpuinit, name)))
+    axes = {"in_axis": 2, "out_axis": (0, 1), "batch_axis": 3}
+    expected = core((3, 4, 5, 6), getattr(gpuinit, name), **axes)
+    assert same(getattr(gpuinit.jax, name)(**axes)(key(), (3, 4, 5, 6)), expected)
+
+
+def test_variance_scaling_and_truncated_normal_have_the_bits_of_the_core():
+    arguments = (0.7, "fan_out", "uniform")
+    expected = core(fill=partial(gpuinit.variance_scaling, scale=0.7, mode="fan_out", distribution="uniform"))
+    assert same(gpuinit.jax.variance_scaling(*arguments)(key(), SHAPE), expected)
+    assert same(
+        gpuinit.jax.truncated_normal(0.3)(key(), SHAPE), core(fill=gpuinit.truncated_normal, stddev=0.3)
+    )
+    assert same(
+        gpuinit.jax.truncated_normal()(key(), SHAPE), core(fill=gpuinit.truncated_normal, stddev=0.01)
+    )
+
+
+def test_arguments_are_those_of_jax():
+    from inspect import signature
+
+    for name in (*NAMES, "variance_scaling", "truncated_normal"):
+        ours, theirs = getattr(gpuinit.jax, name), getattr(jax.nn.initializers, name)
+        taken = [p for p in signature(theirs).parameters.values() if p.name not in ("lower", "upper")]
+        assert [(p.name, p.default) for p in signature(ours).parameters.values()] == [
+            (p.name, p.default) for p in taken
+        ]
+    theirs = signature(jax.nn.initializers.he_normal()).parameters
+    assert list(signature(gpuinit.jax.he_normal()).parameters) == list(theirs)
+
+
+@pytest.mark.parametrize("shape", [(), 7, (0, 3), (5,), (3, 3, 8, 4)])
+def test_every_shape_eager_and_jitted(shape):
+    init = gpuinit.jax.he_normal()
+    assert same(init(key(), shape), core(shape))
+    assert same(jax.jit(partial(init, shape=shape))(key()), core(shape))
+
+
+def test_keys_typed_and_raw_and_of_four_words():
+    init = gpuinit.jax.he_normal()
+    raw = jax.random.key_data(key())
+    four = jnp.concatenate([raw, jnp.array([1, 2], jnp.uint32)])
+    for given in (key(), raw, np.asarray(raw), jax.random.wrap_key_data(four, impl="rbg"), four):
+        assert same(init(given, SHAPE), core())
+        assert same(jax.jit(init, static_argnums=1)(given, SHAPE), core())
+    for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
+        assert same(init(jax.random.key(7, impl=implementation), SHAPE), core(seed=7))
+    assert not same(init(jax.random.key(8), SHAPE), core(seed=7))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (0, "got 0"),
+        (None, "got None"),
+        (np.zeros(2, np.float32), "got float32"),
+        (np.zeros(3, np.uint32), r"got uint32 of shape \(3,\)"),
+        (np.zeros((5, 2), np.uint32), r"use jax.vmap, got shape \(5, 2\)"),
+    ],
+)
+def test_what_is_no_key_is_refused(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=f"^key must be .*{message}"):
+        gpuinit.jax.he_normal()(wrong, SHAPE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes_and_rounding(dtype):
+    expected = core().astype(dtype)
+    for init in (
+        gpuinit.jax.he_normal(dtype=dtype),
+        partial(gpuinit.jax.he_normal(), dtype=jnp.dtype(dtype)),
+    ):
+        assert same(init(key(), SHAPE), expected)
+        assert same(jax.jit(partial(init, shape=SHAPE))(key()), expected)
+
+
+def test_bfloat16_has_thousands_of_values_and_jax_128():
+    shape = (512, 512)
+    ours = np.asarray(gpuinit.jax.he_normal(dtype=jnp.bfloat16)(key(), shape))
+    theirs = np.asarray(jax.nn.initializers.he_normal(dtype=jnp.bfloat16)(key(), shape))
+    assert np.unique(ours.view(np.uint16)).size > 2000
+    assert np.unique(theirs.view(np.uint16)).size <= 256
+    assert ours.dtype == ml_dtypes.bfloat16
+
+
+def test_float64_is_handled_as_jax_handles_it():
+    with pytest.warns(UserWarning, match="float64 .*truncated to dtype float32"):
+        array = gpuinit.jax.he_normal()(key(), SHAPE, np.float64)
+    assert same(array, core())
+    with jax.enable_x64(True):
+        assert same(gpuinit.jax.he_normal()(key(), SHAPE, np.float64), core(dtype="float64"))
+        assert same(gpuinit.jax.he_normal()(key(), SHAPE), core(dtype="float64"))
+
+
+@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
+def test_errors_come_at_once(under):
+    draw = under(lambda k: gpuinit.jax.he_normal(in_axis=4)(k, SHAPE))
+    with pytest.raises(ValueError, match=r"^in_axis must be .*got 4"):
+        draw(key())
+    with pytest.raises(ValueError, match=r"^dtype must be one of .*int32"):
+        under(lambda k: gpuinit.jax.he_normal()(k, SHAPE, np.int32))(key())
+    with pytest.raises(TypeError, match=r"^out_sharding must be .*got 'x'"):
+        under(lambda k: gpuinit.jax.he_normal()(k, SHAPE, out_sharding="x"))(key())
+
+
+def test_vmap_over_keys_is_the_same_as_a_loop():
+    init = gpuinit.jax.he_normal()
+    keys = jax.random.split(key(), (2, 3))
+    draw = jax.vmap(jax.vmap(lambda k: init(k, SHAPE, jnp.bfloat16)))
+    for made in (draw(keys), jax.jit(draw)(keys)):
+        assert made.shape == (2, 3, *SHAPE)
+        for place in np.ndindex(2, 3):
+            assert same(made[place], np.asarray(init(keys[place], SHAPE, jnp.bfloat16)))
+
+
+def test_eval_shape_draws_nothing(monkeypatch):
+    monkeypatch.setattr("gpuinit.backends.cpu.fill", None)
+    shapes = jax.eval_shape(lambda k: gpuinit.jax.he_normal()(k, (2**20, 2**20), jnp.bfloat16), key())
+    assert (shapes.shape, shapes.dtype) == ((2**20, 2**20), jnp.bfloat16)
+
+
+def test_a_key_from_outside_of_jit_embeds_no_constant():
+    for outside in (key(), jax.random.key_data(key())):
+        text = str(jax.make_jaxpr(lambda k=outside: gpuinit.jax.he_normal()(k, SHAPE))())
+        assert "pure_callback" in text
+
+
+def test_eager_weights_are_on_the_device_of_the_key():
+    init = gpuinit.jax.he_normal()
+    assert not init(key(), SHAPE).committed
+    committed = jax.device_put(key(), jax.devices()[0])
+    assert init(committed, SHAPE).committed
+
+
+def test_the_cpu_takes_the_memory_over_without_a_copy(monkeypatch):
+    given = []
+    monkeypatch.setattr(gpuinit.jax, "put", lambda made, device: given.append(made) or original(made, device))
+    for side in (512, 513, 600, 700):
+        array = gpuinit.jax.he_normal()(key(), (side, side))
+        assert array.unsafe_buffer_pointer() == given[-1].ctypes.data
+
+
+original = gpuinit.jax.put
+
+
+def test_initialize_names_every_leaf_by_its_path():
+    shapes = {
+        "Dense_0": {
+            "kernel": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16),
+            "bias": jax.ShapeDtypeStruct((4,), jnp.float32),
+        },
+        "norm": {"scale": jnp.zeros(3)},
+        "table": {"embedding": jax.ShapeDtypeStruct((64, 32), jnp.float32)},
+        "list": [{"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}],
+        "steps": {"bias": jnp.int32(5)},
+        "function": print,
+    }
+    tree = gpuinit.jax.initialize(shapes, seed=3)
+    expected = core((8, 4), seed=3, name="Dense_0/kernel", dtype="bfloat16")
+    assert same(tree["Dense_0"]["kernel"], expected)
+    assert same(tree["list"][0]["w"], core((8, 4), seed=3, name="list/0/w"))
+    assert same(tree["Dense_0"]["bias"], np.zeros(4, np.float32))
+    assert same(tree["norm"]["scale"], np.ones(3, np.float32))
+    assert 0.017 < np.asarray(tree["table"]["embedding"]).std() < 0.023  # 2048 draws: 9 standard errors
+    assert tree["steps"]["bias"] is shapes["steps"]["bias"]
+    assert tree["function"] is print
+
+
+def test_initialize_takes_rules_and_refuses_what_none_covers():
+    shapes = {
+        "a": {"weight": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        "b": jax.ShapeDtypeStruct((2,), "f4"),
+    }
+    with pytest.raises(ValueError, match=r"^rules must cover every parameter; .* got none for a/weight$"):
+        gpuinit.jax.initialize(shapes)
+    rule = ("*/weight", partial(gpuinit.he_normal, in_axis=1, out_axis=0))
+    tree = gpuinit.jax.initialize(shapes, 1, [rule, (lambda leaf, name: leaf.ndim == 1, 0.5)])
+    assert same(tree["a"]["weight"], core((8, 4), seed=1, name="a/weight", in_axis=1, out_axis=0))
+    assert same(tree["b"], np.full(2, 0.5, np.float32))
+    tree = gpuinit.jax.initialize(shapes, 1, [rule], strict=False)
+    assert tree["b"] is shapes["b"]
+
+
+def test_sharded_refuses_what_it_cannot_use():
+    with pytest.raises(TypeError, match=r"^sharding must be .*got 'x'"):
+        gpuinit.jax.sharded(SHAPE, "x", seed=0)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(TypeError, match=r"^seed must be an integer .*got None"):
+        gpuinit.jax.sharded(SHAPE, sharding, seed=None)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 6, 8])
+def test_any_mesh_gives_the_same_bits(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("jax_meshes.py")
+    done = subprocess.run(
+        [sys.executable, script, str(devices)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "equal"
+
+
+def test_flax_linen_and_nnx_take_it():
+    linen = pytest.importorskip("flax.linen", reason="Flax is not installed")
+    from flax import nnx
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(4, kernel_init=gpuinit.jax.he_normal())(x)
+
+    x = jnp.ones((1, 8))
+    for run in (Model().init, jax.jit(Model().init)):
+        kernel = run(key(), x)["params"]["Dense_0"]["kernel"]
+        assert 0 < np.abs(kernel).max() <= 2 * np.sqrt(2 / 8) / 0.87962566
+    shapes = jax.eval_shape(Model().init, key(), x)
+    params = gpuinit.jax.initialize(shapes["params"], seed=9)
+    assert same(params["Dense_0"]["kernel"], core((8, 4), seed=9, name="Dense_0/kernel"))
+    assert Model().apply({"params": params}, x).shape == (1, 4)
+
+    layer = nnx.Linear(8, 4, kernel_init=gpuinit.jax.he_normal(), rngs=nnx.Rngs(0))
+    assert layer(x).shape == (1, 4)
+    state = nnx.state(nnx.eval_shape(lambda: nnx.Linear(8, 4, rngs=nnx.Rngs(0))))
+    filled = gpuinit.jax.initialize(state, seed=9)
+    assert same(filled["kernel"][...], core((8, 4), seed=9, name="kernel"))
+
+
+def test_haiku_takes_it():
+    hk = pytest.importorskip("haiku", reason="Haiku is not installed")
+    init = gpuinit.jax.he_normal()
+
+    def forward(x):
+        return hk.Linear(4, w_init=lambda shape, dtype: init(hk.next_rng_key(), shape, dtype))(x)
+
+    model = hk.transform(forward)
+    x = jnp.ones((1, 8))
+    assert model.init(key(), x)["linear"]["w"].shape == (8, 4)
+    params = gpuinit.jax.initialize(jax.eval_shape(model.init, key(), x), seed=9)
+    assert same(params["linear"]["w"], core((8, 4), seed=9, name="linear/w"))
+
+
+def test_equinox_takes_it():
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
+    model = eqx.filter_eval_shape(lambda: eqx.nn.MLP(8, 2, 16, 1, key=jax.random.key(0)))
+    axes = {"in_axis": 1, "out_axis": 0}
+    rules = [("*/weight", partial(gpuinit.he_normal, **axes)), ("*/bias", 0)]
+    model = gpuinit.jax.initialize(model, 9, rules)
+    assert same(model.layers[0].weight, core((16, 8), seed=9, name="layers/0/weight", **axes))
+    assert model(jnp.ones(8)).shape == (2,)
