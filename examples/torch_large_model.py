@@ -12,6 +12,7 @@ offload; only to print it are the parameters gathered, one at a time.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import os
 
@@ -51,6 +52,13 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    show_weights(arguments, cuda)
+    gc.collect()  # gloo may abort at exit where a model still holds the process group
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def show_weights(arguments: argparse.Namespace, cuda: bool) -> None:
     mesh = init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
     offload = CPUOffloadPolicy(pin_memory=cuda) if arguments.cpu_offload else OffloadPolicy()
 
@@ -71,7 +79,6 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(report)
         print(f"{dist.get_world_size()} ranks, digest {digest.hexdigest()[:16]}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,20 +14,13 @@ pytest.importorskip("torch.distributed.tensor", reason="torch is built without t
 
 EXAMPLE = Path(__file__).parent.parent / "examples/torch_large_model.py"
 
-# PyTorch 2.13.0 with gloo aborts now and then when an interpreter ends, after all is done and printed, on a
-# machine with more to do than cores (2 of 40 runs). That says nothing of the weights: try again.
-ABORT = "terminate called without an active exception"
-
 
 def test_it_prints_one_digest_on_any_number_of_ranks():
     digests = []
     for ranks, options in ((1, []), (2, []), (2, ["--cpu-offload"])):
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*run, str(EXAMPLE), *options]
-        for _ in range(5):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if ABORT not in done.stderr:
-                break
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert "27 parameters, 164,096 elements" in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -181,13 +182,12 @@ def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(minutes=5), rank=rank, world_size=world)
-    try:
-        found = {
-            "models": {name: full_digests(make()) for name, make in worlds_models(world).items()},
-            "tensors": tensors(world),
-            "errors": errors(world),
-        }
-        torch.save(found, Path(folder) / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    found = {
+        "models": {name: full_digests(make()) for name, make in worlds_models(world).items()},
+        "tensors": tensors(world),
+        "errors": errors(world),
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort while the interpreter ends

@@ -3,7 +3,7 @@
     he_normal_(tensor, seed=0, name="layer.weight")    one tensor, in torch's manner
     initialize_(module, seed=0)                        a whole model, every parameter its own stream
 
-A weight is a function of seed, name and its row-major index in the whole tensor. Dtype, layout and device
+A weight is a function of seed, name and its row-major index in the whole tensor. The layout and the device
 of the tensor, and the ranks it is sharded over, do not enter: each rank makes its own shard, alone.
 """
 
