@@ -12,6 +12,8 @@ Rule = tuple[Pattern, Any]
 
 TABLE_WIDTH = 80
 
+WANTED = "rules must be None or a sequence of pairs (glob or function, initialiser), got "
+
 
 class Row(NamedTuple):
     """What `initialize` did to one parameter."""
@@ -32,7 +34,9 @@ class Report(tuple[Row, ...]):
         rows = [("name", "shape", "dtype", "rule", "std")]
         for row in self:
             std = "-" if row.std is None else f"{row.std:.4g}"
-            rows.append((row.name, "x".join(map(str, row.shape)) or "()", row.dtype, row.rule, std))
+            shape = "x".join(map(str, row.shape)) or "()"
+            rule = row.rule.partition("(")[0]  # without arguments
+            rows.append((row.name, shape, row.dtype, rule, std))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for column, least in ((3, 20), (0, 12)):  # the rule gives way first, then the name
             excess = sum(widths) + 2 * 4 - TABLE_WIDTH
@@ -51,16 +55,15 @@ def shorten(text: str, width: int) -> str:
 
 
 def parse_rules(rules: Sequence[Rule]) -> list[Rule]:
-    wanted = "rules must be None or a sequence of pairs (glob or function, initialiser), got "
     if isinstance(rules, str | bytes | dict):
-        raise TypeError(wanted + repr(rules))
+        raise TypeError(WANTED + repr(rules))
     try:
         pairs = [(pattern, initializer) for pattern, initializer in rules]
     except (TypeError, ValueError):
-        raise TypeError(wanted + repr(rules)) from None
-    for pattern, _ in pairs:
-        if not (isinstance(pattern, str) or callable(pattern)):
-            raise TypeError(wanted + repr(pattern))
+        raise TypeError(WANTED + repr(rules)) from None
+    for pair in pairs:
+        if not (isinstance(pair[0], str) or callable(pair[0])):
+            raise TypeError(WANTED + repr(pair))
     return pairs
 
 

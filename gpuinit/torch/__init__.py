@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('gpuinit.torch needs PyTorch. To install it: pip install "gpuinit[torch]"') from error
 
+from gpuinit.rules import Report, Row
 from gpuinit.torch.in_place import (
     glorot_normal_,
     glorot_uniform_,
@@ -27,7 +28,7 @@ from gpuinit.torch.in_place import (
     uniform_,
     variance_scaling_,
 )
-from gpuinit.torch.model import DEFAULT_RULES, Report, Row, initialize_
+from gpuinit.torch.model import DEFAULT_RULES, initialize_
 
 __all__ = [
     "DEFAULT_RULES",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
 from gpuinit.fans import TRUNCATED_STD
+from gpuinit.rules import WANTED, Report, Row, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import parse_seed
 from gpuinit.torch.fill import draw_seed, recorded_stds
 from gpuinit.torch.in_place import he_normal_, truncated_normal_, variance_scaling_
@@ -29,47 +28,6 @@ BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 NORMS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_)
-
-TABLE_WIDTH = 80
-
-
-class Row(NamedTuple):
-    """What `initialize_` did to one parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    rule: str  # the initialiser; "-" for a parameter that was left alone
-    std: float | None  # of the distribution drawn from; None for an initialiser that is not gpuinit's
-
-
-class Report(tuple[Row, ...]):
-    """The rows in the order of the model. `print(report)` shows a table of 80 columns."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        rows = [("name", "shape", "dtype", "rule", "std")]
-        for row in self:
-            std = "-" if row.std is None else f"{row.std:.4g}"
-            shape = "x".join(map(str, row.shape)) or "()"
-            rule = row.rule.partition("(")[0]  # without arguments
-            rows.append((row.name, shape, row.dtype, rule, std))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for column, least in ((3, 20), (0, 12)):  # the rule gives way first, then the name
-            excess = sum(widths) + 2 * 4 - TABLE_WIDTH
-            widths[column] -= max(0, min(excess, widths[column] - least))
-        lines = []
-        for name, shape, dtype, rule, std in rows:
-            cells = (shorten(name[::-1], widths[0])[::-1], shape, dtype, shorten(rule, widths[3]), std)
-            line = "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
-            lines.append(line.rstrip())
-        elements = sum(prod(row.shape) for row in self)
-        return "\n".join([*lines, f"{len(self)} parameters, {elements:,} elements"])
-
-
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def he_normal_transposed_(
@@ -144,18 +102,15 @@ def initialize_(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    chosen = parse_rules(DEFAULT_RULES if rules is None else rules)
+    chosen = parse_torch_rules(DEFAULT_RULES if rules is None else rules)
     found = list(named_parameters(module))
     if seed is None and any(is_dtensor(parameter) for _, parameter, _ in found):
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
     key = parse_seed(draw_seed() if seed is None else seed)
-    plan = [(*item, find_rule(chosen, item)) for item in found]
+    plan = [(name, parameter, owner, find_rule(chosen, owner, name)) for name, parameter, owner in found]
     uncovered = [name for name, _, _, initializer in plan if initializer is None]
-    if uncovered and strict:
-        raise ValueError(
-            "rules must cover every parameter; add a pair (pattern, initialiser), or pass strict=False to "
-            f"leave them alone, got none for {', '.join(uncovered)}"
-        )
+    if strict:
+        refuse_uncovered(uncovered)
     report = []
     with torch.no_grad():
         for name, parameter, owner, initializer in plan:
@@ -170,26 +125,12 @@ def initialize_(
     return Report(report)
 
 
-def parse_rules(rules: Any) -> list[Rule]:
-    wanted = "rules must be None or a sequence of pairs (glob or function, initialiser), got "
-    if isinstance(rules, str | bytes | dict):
-        raise TypeError(wanted + repr(rules))
-    try:
-        pairs = [(pattern, initializer) for pattern, initializer in rules]
-    except (TypeError, ValueError):
-        raise TypeError(wanted + repr(rules)) from None
-    for pattern, initializer in pairs:
-        if not (isinstance(pattern, str) or callable(pattern)) or not callable(initializer):
-            raise TypeError(wanted + repr((pattern, initializer)))
+def parse_torch_rules(rules: Any) -> list[Rule]:
+    pairs = parse_rules(rules)
+    for pair in pairs:
+        if not callable(pair[1]):
+            raise TypeError(f"{WANTED}{pair!r}")
     return pairs
-
-
-def find_rule(rules: list[Rule], item: tuple[str, torch.Tensor, nn.Module]) -> Initializer | None:
-    name, _, owner = item
-    for pattern, initializer in rules:
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(owner, name):
-            return initializer
-    return None
 
 
 def apply(
