@@ -4,9 +4,11 @@ Twins: kernels/fill.cu and gpuinit/quantile.py have the same names in the same o
 them by bytes. The constants are written out here, as in the kernel, and not imported: Numba freezes them into
 the machine code that it keeps on disk, and compiles anew only when this very file changes.
 
-Every float operation is a separate IEEE round-to-nearest one in the kernel's order. LLVM fuses none while
-`fastmath` is off; a test reads the assembly. The words of BLOCKS_AT_ONCE blocks are made in one loop and
-transformed in the next, both plain enough for LLVM to turn into vectors.
+Where the kernel's thread makes one block, a function here makes BLOCKS of them side by side. They run once,
+while Numba compiles: their numbers are vectors of LLVM, and each of Python's operators on these emits one
+instruction. So nothing is left to a vectoriser's judgement, and every float operation is a separate IEEE
+round-to-nearest one in the kernel's order. LLVM fuses none while `fastmath` is off; a test reads the
+assembly.
 
 Importing this module imports Numba, so only gpuinit/backends/cpu.py does, and late.
 """
@@ -15,10 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -27,8 +33,8 @@ UNIFORM = 0
 TRUNCATED_NORMAL = 1
 
 # Multipliers and Weyl increments of philox4x32 (SC'11, section 3.3).
-PHILOX_M0, PHILOX_M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-PHILOX_W0, PHILOX_W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 
 # R(v) = P(v)/Q(v) in float32, relative error 7.3e-8 (tools/fit_quantile.py).
@@ -36,82 +42,176 @@ P0, P1, P2, P3, P4 = map(np.float32, (0.09126182, 1.1120256, 3.4368744, 2.521405
 Q0, Q1, Q2, Q3 = map(np.float32, (0.09126182, 1.2680678, 4.831078, 5.1258583))
 
 # R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constant first (tools/fit_quantile.py).
-P64_0 = 0.012972411312794016
-P64_1 = 0.44511913530726677
-P64_2 = 6.138307102239534
-P64_3 = 43.844162448203335
-P64_4 = 174.84171944281806
-P64_5 = 393.0584632004382
-P64_6 = 482.53567887695226
-P64_7 = 300.5202791102226
-P64_8 = 82.7780024537458
-P64_9 = 7.638722566804412
-P64_10 = 0.10408770881319832
-Q64_0 = 0.012972411312794016
-Q64_1 = 0.4673001400527829
-Q64_2 = 6.827259552312625
-Q64_3 = 52.28011698854188
-Q64_4 = 227.05006713244106
-Q64_5 = 567.883983210436
-Q64_6 = 799.349934192021
-Q64_7 = 597.1511740409888
-Q64_8 = 212.68095413312133
-Q64_9 = 29.54093152000372
+P64 = (
+    0.012972411312794016,
+    0.44511913530726677,
+    6.138307102239534,
+    43.844162448203335,
+    174.84171944281806,
+    393.0584632004382,
+    482.53567887695226,
+    300.5202791102226,
+    82.7780024537458,
+    7.638722566804412,
+    0.10408770881319832,
+)
+Q64 = (
+    0.012972411312794016,
+    0.4673001400527829,
+    6.827259552312625,
+    52.28011698854188,
+    227.05006713244106,
+    567.883983210436,
+    799.349934192021,
+    597.1511740409888,
+    212.68095413312133,
+    29.54093152000372,
+)
 
-# Numba gives Python's numbers 64 bits, and what is computed with them.
-ONE = np.float32(1)
-UNIT = np.float32(2**-31)
-HALF = np.float32(0.5)
-UNIT64 = 2.0**-63
-WORD_BITS = np.uint64(32)
-LANES, LANES64 = np.uint64(4), np.uint64(2)
-HALF_BITS = np.uint32(0x3F000000)
+LOW_WORD = 0xFFFFFFFF
 
-# How a float32 weight is written.
-AS_FLOAT32 = 0
-AS_FLOAT16 = 1
-AS_BFLOAT16 = 2
+# Blocks side by side: their words fill four registers. With fewer the processor waits for its multiplier,
+# with more the numbers do not stay in registers.
+FEATURES = llvmlite.binding.get_host_cpu_features()
+BLOCKS = 32 if FEATURES.get("avx512f") else 16 if FEATURES.get("avx2") else 8
 
-BLOCKS_AT_ONCE = 256  # 4 KiB of words and 4 of weights: they stay in the L1 cache
-
-# Helpers are inlined before LLVM looks for loops to vectorise; a call in a loop would stop it, and so would
-# Python's check for a division by zero.
-helper = numba.njit(error_model="numpy", forceinline=True)
+INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+WIDTHS = {INT16: 16, INT32: 32, INT64: 64, FLOAT: 32, DOUBLE: 64}
 
 
-@helper
+class Lanes:
+    """A vector of numbers in the function that is being compiled.
+
+    An operator emits one LLVM instruction. Its other operand is a vector of the same type, or a number, which
+    every lane takes.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+        self.element, self.count = value.type.element, value.type.count
+
+    def emit(self, instruction: str, *operands: Any) -> Lanes:
+        """The result of an instruction of llvmlite's builder."""
+        return Lanes(self.builder, getattr(self.builder, instruction)(self.value, *operands))
+
+    def other(self, operand: Lanes | float) -> ir.Value:
+        """The second operand as LLVM knows it."""
+        if isinstance(operand, Lanes):
+            return operand.value
+        number = operand if self.element in (INT16, INT32, INT64) else float(operand)
+        return ir.Constant(self.value.type, [ir.Constant(self.element, number)] * self.count)
+
+    def float_or_integer(self, instruction: str, operand: Lanes | float) -> Lanes:
+        """The result of an instruction that has two names."""
+        prefix = "f" if self.element in (FLOAT, DOUBLE) else ""
+        return self.emit(prefix + instruction, self.other(operand))
+
+    def __add__(self, operand: Lanes | float) -> Lanes:
+        return self.float_or_integer("add", operand)
+
+    def __sub__(self, operand: Lanes | float) -> Lanes:
+        return self.float_or_integer("sub", operand)
+
+    def __rsub__(self, number: float) -> Lanes:
+        return Lanes(self.builder, self.other(number)) - self
+
+    def __mul__(self, operand: Lanes | float) -> Lanes:
+        return self.float_or_integer("mul", operand)
+
+    def __rtruediv__(self, number: float) -> Lanes:
+        return Lanes(self.builder, self.builder.fdiv(self.other(number), self.value))
+
+    def __and__(self, operand: Lanes | int) -> Lanes:
+        return self.emit("and_", self.other(operand))
+
+    def __or__(self, operand: Lanes | int) -> Lanes:
+        return self.emit("or_", self.other(operand))
+
+    def __xor__(self, operand: Lanes | int) -> Lanes:
+        return self.emit("xor", self.other(operand))
+
+    def __lshift__(self, bits: int) -> Lanes:
+        return self.emit("shl", self.other(bits))
+
+    def __rshift__(self, bits: int) -> Lanes:
+        return self.emit("lshr", self.other(bits))
+
+    def at_most(self, number: float) -> Lanes:
+        """self if self < number else number"""
+        smaller = self.builder.fcmp_ordered("<", self.value, self.other(number))
+        return Lanes(self.builder, self.builder.select(smaller, self.value, self.other(number)))
+
+    def below(self, number: int, then: Lanes, otherwise: Lanes) -> Lanes:
+        """then if self < number else otherwise, for unsigned integers"""
+        smaller = self.builder.icmp_unsigned("<", self.value, self.other(number))
+        return Lanes(self.builder, self.builder.select(smaller, then.value, otherwise.value))
+
+    def to(self, element: ir.Type) -> Lanes:
+        """Signed integers rounded to floats."""
+        return self.emit("sitofp", ir.VectorType(element, self.count))
+
+    def bits(self, element: ir.Type) -> Lanes:
+        """The same bits as lanes of another type, as many of them as there is room for."""
+        count = self.count * WIDTHS[self.element] // WIDTHS[element]
+        return self.emit("bitcast", ir.VectorType(element, count))
+
+    def low_halves(self) -> Lanes:
+        """The low 32 bits of every 64."""
+        halves = self.bits(INT32)
+        return halves.shuffle(halves, [2 * place for place in in_order(self.count)])
+
+    def shuffle(self, other: Lanes, places: Any) -> Lanes:
+        """The lanes at these places of self and other, one after another."""
+        mask = [ir.Constant(INT32, place) for place in places]
+        return self.emit("shuffle_vector", other.value, ir.Constant(ir.VectorType(INT32, len(mask)), mask))
+
+
+def in_order(count):
+    return [place for lane in range(count // 2) for place in (lane, count // 2 + lane)]
+
+
+def interleave(a: Lanes, b: Lanes) -> Lanes:
+    """a0, b0, a1, b1, ..."""
+    return a.shuffle(b, [place for lane in range(a.count) for place in (lane, a.count + lane)])
+
+
+def in_every_lane(builder: ir.IRBuilder, number: ir.Value, count: int) -> Lanes:
+    nothing = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(INT32, 0))
+    return Lanes(builder, first).shuffle(Lanes(builder, first), [0] * count)
+
+
 def philox4x32(block, stream, key):
-    c0, c1 = np.uint32(block), np.uint32(block >> WORD_BITS)
-    c2, c3 = np.uint32(stream), np.uint32(stream >> WORD_BITS)
-    k0, k1 = np.uint32(key), np.uint32(key >> WORD_BITS)
+    """The four words of every block, 64 bits a lane, of which the high 32 are waste."""
+    c0, c1 = block
+    c2, c3 = stream
+    k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        product0 = PHILOX_M0 * np.uint64(c0)
-        product1 = PHILOX_M1 * np.uint64(c2)
-        c0 = np.uint32(product1 >> WORD_BITS) ^ c1 ^ k0
-        c1 = np.uint32(product1)
-        c2 = np.uint32(product0 >> WORD_BITS) ^ c3 ^ k1
-        c3 = np.uint32(product0)
-        k0 = np.uint32(k0 + PHILOX_W0)
-        k1 = np.uint32(k1 + PHILOX_W1)
+        product0 = (c0 & LOW_WORD) * PHILOX_M0
+        product1 = (c2 & LOW_WORD) * PHILOX_M1
+        c0 = product1 >> 32 ^ c1 ^ k0
+        c1 = product1
+        c2 = product0 >> 32 ^ c3 ^ k1
+        c3 = product0
+        k0 += PHILOX_W0
+        k1 += PHILOX_W1
     return c0, c1, c2, c3
 
 
-@helper
 def uniform(word):
     """u in [-1, 1]: the word as a signed integer, in units of 2**31. Both ends are reached."""
-    return np.float32(np.int32(word)) * UNIT
+    return word.low_halves().to(FLOAT) * 2.0**-31
 
 
-@helper
 def numerator(v):
-    p = P4 * v
+    p = v * P4
     p = (p + P3) * v
     p = (p + P2) * v
     p = (p + P1) * v
     return p + P0
 
 
-@helper
 def denominator(v):
     q = (v + Q3) * v
     q = (q + Q2) * v
@@ -119,21 +219,18 @@ def denominator(v):
     return q + Q0
 
 
-@helper
 def quantile(u, p, inverse_q):
     """The truncated normal sample in units of its bound. The cut at 1 is what proves |sample| <= 1."""
-    ratio = p * inverse_q
-    return u * (ratio if ratio < ONE else ONE)
+    return u * (p * inverse_q).at_most(1)
 
 
-@helper
 def truncated_normal(u0, u1, u2, u3):
-    """The four samples of one block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3))."""
-    v0, v1, v2, v3 = ONE - u0 * u0, ONE - u1 * u1, ONE - u2 * u2, ONE - u3 * u3
+    """The four samples of every block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3))."""
+    v0, v1, v2, v3 = 1 - u0 * u0, 1 - u1 * u1, 1 - u2 * u2, 1 - u3 * u3
     q0, q1, q2, q3 = denominator(v0), denominator(v1), denominator(v2), denominator(v3)
     q01 = q0 * q1
     q23 = q2 * q3
-    inverse = ONE / (q01 * q23)
+    inverse = 1 / (q01 * q23)
     inverse01 = inverse * q23
     inverse23 = inverse * q01
     return (
@@ -144,180 +241,180 @@ def truncated_normal(u0, u1, u2, u3):
     )
 
 
-@helper
-def weights(block, n, stream, key, distribution, limit, words, w):
-    """The float32 weights of n blocks, in w; words is working memory."""
-    for i in range(n):
-        words[0, i], words[1, i], words[2, i], words[3, i] = philox4x32(block + np.uint64(i), stream, key)
+def weights(block, stream, key, distribution, limit):
+    """The four float32 weights of every block."""
+    w = map(uniform, philox4x32(block, stream, key))
     if distribution == TRUNCATED_NORMAL:
-        for i in range(n):
-            w0, w1, w2, w3 = truncated_normal(
-                uniform(words[0, i]), uniform(words[1, i]), uniform(words[2, i]), uniform(words[3, i])
-            )
-            w[i, 0], w[i, 1], w[i, 2], w[i, 3] = w0 * limit, w1 * limit, w2 * limit, w3 * limit
-    else:
-        for i in range(4 * n):
-            w[i >> 2, i & 3] = uniform(words[i & 3, i >> 2]) * limit
+        w = truncated_normal(*w)
+    return [sample * limit for sample in w]
 
 
-@helper
 def uniform64(low, high):
     """u in [-1, 1] from 64 bits, as for 32."""
-    return np.float64(np.int64(np.uint64(high) << WORD_BITS | np.uint64(low))) * UNIT64
+    word = low & LOW_WORD | high << 32
+    return word.shuffle(word, in_order(word.count)).to(DOUBLE) * 2.0**-63
 
 
-@helper
 def numerator64(v):
-    p = P64_10 * v
-    p = (p + P64_9) * v
-    p = (p + P64_8) * v
-    p = (p + P64_7) * v
-    p = (p + P64_6) * v
-    p = (p + P64_5) * v
-    p = (p + P64_4) * v
-    p = (p + P64_3) * v
-    p = (p + P64_2) * v
-    p = (p + P64_1) * v
-    return p + P64_0
+    p = v * P64[-1]
+    for coefficient in P64[-2:0:-1]:
+        p = (p + coefficient) * v
+    return p + P64[0]
 
 
-@helper
 def denominator64(v):
-    q = (v + Q64_9) * v
-    q = (q + Q64_8) * v
-    q = (q + Q64_7) * v
-    q = (q + Q64_6) * v
-    q = (q + Q64_5) * v
-    q = (q + Q64_4) * v
-    q = (q + Q64_3) * v
-    q = (q + Q64_2) * v
-    q = (q + Q64_1) * v
-    return q + Q64_0
+    q = (v + Q64[-1]) * v
+    for coefficient in Q64[-2:0:-1]:
+        q = (q + coefficient) * v
+    return q + Q64[0]
 
 
-@helper
 def truncated_normal64(u):
-    v = 1.0 - u * u
-    ratio = numerator64(v) * (1.0 / denominator64(v))
-    return u * (ratio if ratio < 1.0 else 1.0)
+    v = 1 - u * u
+    ratio = numerator64(v) * (1 / denominator64(v))
+    return u * ratio.at_most(1)
 
 
-@helper
-def weights64(block, n, stream, key, distribution, limit, words, w):
-    """The float64 weights of n blocks, in w; words is working memory."""
-    for i in range(n):
-        words[0, i], words[1, i], words[2, i], words[3, i] = philox4x32(block + np.uint64(i), stream, key)
+def weights64(block, stream, key, distribution, limit):
+    """The two float64 weights of every block."""
+    words = philox4x32(block, stream, key)
+    w = [uniform64(*words[:2]), uniform64(*words[2:])]
     if distribution == TRUNCATED_NORMAL:
-        for i in range(n):
-            w[i, 0] = truncated_normal64(uniform64(words[0, i], words[1, i])) * limit
-            w[i, 1] = truncated_normal64(uniform64(words[2, i], words[3, i])) * limit
-    else:
-        for i in range(n):
-            w[i, 0] = uniform64(words[0, i], words[1, i]) * limit
-            w[i, 1] = uniform64(words[2, i], words[3, i]) * limit
+        w = map(truncated_normal64, w)
+    return [sample * limit for sample in w]
 
 
-@helper
-def round_to_float16(weight):
-    """The bits of the float16 nearest to a weight, ties to even."""
-    bits = np.float32(weight).view(np.uint32)
-    sign = bits >> np.uint32(16) & np.uint32(0x8000)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
+def round_to_float16(first, second):
+    """Two float32 weights rounded to nearest even into two 16-bit ones, the first in the low half."""
+    return nearest_float16(first) | nearest_float16(second) << 16
+
+
+def nearest_float16(weight):
+    bits = weight.bits(INT32)
+    sign = bits >> 16 & 0x8000
+    magnitude = bits & 0x7FFFFFFF
     # The exponent is rebiased from 127 to 15, and 13 bits are cut off.
-    normal = (
-        magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + (magnitude >> np.uint32(13) & np.uint32(1))
-    ) >> np.uint32(13)
+    normal = magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1) >> 13
     # Below 2**-14 the spacing is 2**-24 throughout, which is that of the float32 numbers in [0.5, 1).
-    subnormal = np.float32(abs(weight) + HALF).view(np.uint32) - HALF_BITS
-    return np.uint16(sign | (normal if magnitude >= np.uint32(0x38800000) else subnormal))
+    subnormal = (magnitude.bits(FLOAT) + 0.5).bits(INT32) - 0x3F000000
+    return magnitude.below(0x38800000, subnormal, normal) | sign
 
 
-@helper
-def round_to_bfloat16(weight):
-    """The bits of the bfloat16 nearest to a weight, ties to even."""
-    bits = np.float32(weight).view(np.uint32)
-    return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+def round_to_bfloat16(first, second):
+    return nearest_bfloat16(first) >> 16 | nearest_bfloat16(second) & 0xFFFF0000
 
 
-@helper
-def fill_rows(out, written, first, row_stride, key, stream, distribution, limit):
-    """Fill rows of bits with float32 weights, or with those rounded to 16 bits."""
-    words = np.empty((4, BLOCKS_AT_ONCE), np.uint32)
-    w = np.empty((BLOCKS_AT_ONCE, 4), np.float32)
-    flat = w.reshape(4 * BLOCKS_AT_ONCE)
-    rows, columns = out.shape
-    for row in range(rows):
-        start = first + np.uint64(row) * row_stride
-        block = start // LANES
-        phase = np.int64(start % LANES)
-        done = 0
-        while done < columns:
-            count = min(4 * BLOCKS_AT_ONCE - phase, columns - done)
-            weights(block, (phase + count + 3) // 4, stream, key, distribution, limit, words, w)
-            # Cut first: an index that Python would let be negative costs LLVM its vector stores.
-            made, target = flat[phase : phase + count], out[row, done : done + count]
-            if written == AS_FLOAT16:
-                for i in range(count):
-                    target[i] = round_to_float16(made[i])
-            elif written == AS_BFLOAT16:
-                for i in range(count):
-                    target[i] = round_to_bfloat16(made[i])
-            else:
-                for i in range(count):
-                    target[i] = np.float32(made[i]).view(np.uint32)
-            block += np.uint64(BLOCKS_AT_ONCE)
-            done += count
-            phase = 0
+def nearest_bfloat16(weight):
+    """In the high half; the low one is waste."""
+    bits = weight.bits(INT32)
+    return bits + 0x7FFF + (bits >> 16 & 1)
 
 
-def fill_float32(out, first, row_stride, key, stream, distribution, limit):
-    fill_rows(out, AS_FLOAT32, first, row_stride, key, stream, distribution, limit)
+def packet_float32(*request):
+    """The weights of BLOCKS blocks in order, as are those of the next three."""
+    w0, w1, w2, w3 = weights(*request)
+    return interleave(interleave(w0, w2), interleave(w1, w3))
 
 
-def fill_float16(out, first, row_stride, key, stream, distribution, limit):
-    fill_rows(out, AS_FLOAT16, first, row_stride, key, stream, distribution, limit)
+def packet_float16(*request):
+    w0, w1, w2, w3 = weights(*request)
+    return interleave(round_to_float16(w0, w1), round_to_float16(w2, w3))
 
 
-def fill_bfloat16(out, first, row_stride, key, stream, distribution, limit):
-    fill_rows(out, AS_BFLOAT16, first, row_stride, key, stream, distribution, limit)
+def packet_bfloat16(*request):
+    w0, w1, w2, w3 = weights(*request)
+    return interleave(round_to_bfloat16(w0, w1), round_to_bfloat16(w2, w3))
 
 
-def fill_float64(out, first, row_stride, key, stream, distribution, limit):
-    words = np.empty((4, BLOCKS_AT_ONCE), np.uint32)
-    w = np.empty((BLOCKS_AT_ONCE, 2), np.float64)
-    flat = w.reshape(2 * BLOCKS_AT_ONCE)
-    rows, columns = out.shape
-    for row in range(rows):
-        start = first + np.uint64(row) * row_stride
-        block = start // LANES64
-        phase = np.int64(start % LANES64)
-        done = 0
-        while done < columns:
-            count = min(2 * BLOCKS_AT_ONCE - phase, columns - done)
-            weights64(block, (phase + count + 1) // 2, stream, key, distribution, limit, words, w)
-            made, target = flat[phase : phase + count], out[row, done : done + count]
-            for i in range(count):
-                target[i] = np.float64(made[i]).view(np.uint64)
-            block += np.uint64(BLOCKS_AT_ONCE)
-            done += count
-            phase = 0
+def packet_float64(*request):
+    return interleave(*weights64(*request))
 
 
-# For each dtype: the function, and the types of the bits that it writes and of its limit.
-ENTRIES: dict[str, tuple[Callable[..., None], type[np.generic], type[np.generic]]] = {
-    "float32": (fill_float32, np.uint32, np.float32),
-    "float16": (fill_float16, np.uint16, np.float32),
-    "bfloat16": (fill_bfloat16, np.uint16, np.float32),
-    "float64": (fill_float64, np.uint64, np.float64),
+# For each dtype: what makes it, the type that is written (Numba has no 16-bit floats), and that of the limit.
+ENTRIES: dict[str, tuple[Callable[..., Lanes], type[np.generic], type[np.generic]]] = {
+    "float32": (packet_float32, np.float32, np.float32),
+    "float16": (packet_float16, np.int16, np.float32),
+    "bfloat16": (packet_bfloat16, np.uint16, np.float32),
+    "float64": (packet_float64, np.float64, np.float64),
 }
+
+
+def numba_type(scalar: type[np.generic]) -> types.Type:
+    return numba.from_dtype(np.dtype(scalar))
+
+
+@intrinsic(prefer_literal=True)
+def store_packet(typing, out, place, low, high, stream, key, limit, distribution):
+    """Write the weights of the block with these words and of the BLOCKS - 1 after it to out[place], ...
+
+    The high word is that of them all.
+    """
+    packet = next(packet for packet, written, _ in ENTRIES.values() if numba_type(written) == out.dtype)
+
+    def generate(context, builder, signature, arguments):
+        array, place, low, high, stream, key, limit, _ = arguments
+
+        def in_every_block(number):
+            return in_every_lane(builder, number, BLOCKS)
+
+        def words(number):
+            low = in_every_block(number)
+            return low, low >> 32
+
+        low, high = in_every_block(low), in_every_block(high)
+        numbers = [ir.Constant(INT64, number) for number in (*range(0, BLOCKS, 2), *range(1, BLOCKS, 2))]
+        low += Lanes(builder, ir.Constant(low.value.type, numbers))
+        request = (low, high), words(stream), words(key), distribution.literal_value, in_every_block(limit)
+        made = packet(*request)
+        data = context.make_array(out)(context, builder, array).data
+        pointer = builder.bitcast(builder.gep(data, [place]), made.value.type.as_pointer())
+        builder.store(made.value, pointer, align=out.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(out, place, low, high, stream, key, limit, distribution), generate
+
+
+def fill(out, first, row_stride, key, stream, distribution, limit):
+    """Row r of out, C-contiguous (rows, columns), gets the elements from first + r * row_stride on."""
+    lanes = 2 if out.itemsize == 8 else 4
+    size = BLOCKS * lanes
+    flat, part = out.reshape(-1), np.empty(size, out.dtype)
+    rows, columns = out.shape
+    for row in range(rows):
+        done = 0
+        while done < columns:
+            start = first + np.uint64(row) * row_stride + np.uint64(done)
+            block, phase = start // np.uint64(lanes), np.int64(start % np.uint64(lanes))
+            low, high = np.int64(block % np.uint64(2**32)), block // np.uint64(2**32)
+            left = min(columns - done, (2**32 - low) * lanes - phase)  # with this high word
+            whole = 0 if phase else left // size
+            target, place, packets = (flat, row * columns + done, whole) if whole else (part, 0, 1)
+            if distribution == TRUNCATED_NORMAL:
+                for i in range(packets):
+                    store_packet(
+                        target, place + i * size, low + i * BLOCKS, high, stream, key, limit, TRUNCATED_NORMAL
+                    )
+            else:
+                for i in range(packets):
+                    store_packet(
+                        target, place + i * size, low + i * BLOCKS, high, stream, key, limit, UNIFORM
+                    )
+            if whole:
+                done += whole * size
+            else:
+                count = min(size - phase, left)
+                # Cut first: an index that Python would let be negative costs LLVM its vector stores.
+                made, wanted = part[phase : phase + count], out[row, done : done + count]
+                for i in range(count):
+                    wanted[i] = made[i]
+                done += count
 
 
 @cache
 def kernel(dtype: str) -> Callable[..., None]:
-    """The compiled function for a dtype: from Numba's cache on disk, else compiled now, which takes seconds.
+    """The compiled function for a dtype: from Numba's cache on disk, else compiled now, which takes a second.
 
-    Called as kernel(out, first, row_stride, key, stream, distribution, limit): `out` is C-contiguous bits,
-    (rows, columns), and row r starts at global element first + r * row_stride.
+    Called as kernel(out, first, row_stride, key, stream, distribution, limit), see `fill`.
     """
     try:
         return compile_kernel(dtype, cache=True)
@@ -326,10 +423,9 @@ def kernel(dtype: str) -> Callable[..., None]:
 
 
 def compile_kernel(dtype: str, cache: bool) -> Callable[..., None]:
-    function, bits, limit = ENTRIES[dtype]
-    out = numba.from_dtype(np.dtype(bits))[:, ::1]
-    u64, u32 = types.uint64, types.uint32
-    signature = types.void(out, u64, u64, u64, u64, u32, numba.from_dtype(limit))
-    jit = numba.njit(signature, error_model="numpy", nogil=True, cache=cache)
-    compiled: Callable[..., None] = jit(function)
+    _, written, limit = ENTRIES[dtype]
+    u64 = types.uint64
+    signature = types.void(numba_type(written)[:, ::1], u64, u64, u64, u64, types.uint32, numba_type(limit))
+    # Without Python's check for a division by zero.
+    compiled: Callable[..., None] = numba.njit(signature, error_model="numpy", nogil=True, cache=cache)(fill)
     return compiled

@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cuda_sim
@@ -111,50 +111,77 @@ class CpuNumba(Cpu):
     """The CPU and its Numba engine, seen by the tests."""
 
     def philox4x32(self, blocks: list[int], streams: list[int], keys: list[int]) -> np.ndarray:
-        rows = np.array([blocks, streams, keys], np.uint64).T.copy()
-        words = np.empty((len(rows), 4), np.uint32)
-        numba_probes()["philox4x32"](rows, words)
-        return words
+        numbers = np.array([blocks, streams, keys], np.uint64)
+        words = np.stack([numbers & 0xFFFFFFFF, numbers >> 32], 1).reshape(6, -1)
+        made = numba_probe("philox4x32")(words, np.uint64, 4)
+        return (made.T & 0xFFFFFFFF).astype(np.uint32)
 
     def truncated_normal(self, words: np.ndarray) -> np.ndarray:
-        samples = np.empty((len(words), 4), np.float32)
-        numba_probes()["truncated_normal"](words.astype(np.uint32), samples)
-        return samples
+        return numba_probe("truncated_normal")(words.T, np.float32, 4).T.copy()
 
     def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
-        samples = np.empty((len(words), 2), np.float64)
-        numba_probes()["truncated_normal64"](words.astype(np.uint32), samples)
-        return samples
+        return numba_probe("truncated_normal64")(words.T, np.float64, 2).T.copy()
 
 
 @functools.cache
-def numba_probes() -> dict[str, Any]:
-    """The compiled engine's own functions, called one by one."""
+def numba_probe(name: str) -> Callable[..., np.ndarray]:
+    """One of the compiled engine's own functions, of rows of 64-bit words, that gives rows of numbers."""
     import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
 
     from gpuinit import compiled
 
-    def philox4x32(counters_and_keys: Any, words: Any) -> None:
-        for i in range(len(words)):
-            row = counters_and_keys[i]
-            words[i, 0], words[i, 1], words[i, 2], words[i, 3] = compiled.philox4x32(row[0], row[1], row[2])
+    functions: dict[str, Callable[..., Any]] = {
+        "philox4x32": lambda b0, b1, *others: compiled.philox4x32((b0, b1), others[:2], others[2:]),
+        "truncated_normal": lambda *words: compiled.truncated_normal(*map(compiled.uniform, words)),
+        "truncated_normal64": lambda *words: [
+            compiled.truncated_normal64(compiled.uniform64(*pair)) for pair in (words[:2], words[2:])
+        ],
+        "round_to_float16": lambda *words: [compiled.round_to_float16(*map(weight, words))],
+        "round_to_bfloat16": lambda *words: [compiled.round_to_bfloat16(*map(weight, words))],
+    }
 
-    def truncated_normal(words: Any, samples: Any) -> None:
-        for i in range(len(words)):
-            samples[i, 0], samples[i, 1], samples[i, 2], samples[i, 3] = compiled.truncated_normal(
-                compiled.uniform(words[i, 0]),
-                compiled.uniform(words[i, 1]),
-                compiled.uniform(words[i, 2]),
-                compiled.uniform(words[i, 3]),
-            )
+    def weight(word: Any) -> Any:
+        return word.low_halves().bits(compiled.FLOAT)
 
-    def truncated_normal64(words: Any, samples: Any) -> None:
-        for i in range(len(words)):
-            samples[i, 0] = compiled.truncated_normal64(compiled.uniform64(words[i, 0], words[i, 1]))
-            samples[i, 1] = compiled.truncated_normal64(compiled.uniform64(words[i, 2], words[i, 3]))
+    @intrinsic  # type: ignore[untyped-decorator]
+    def apply(typing: Any, rows: Any, results: Any, place: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def pointers(tuple_type: Any, arrays: Any) -> list[Any]:
+                each = [builder.extract_value(arrays, i) for i in range(len(tuple_type))]
+                data = [context.make_array(tuple_type.dtype)(context, builder, array).data for array in each]
+                return [builder.gep(pointer, [arguments[2]]) for pointer in data]
 
-    probes = (philox4x32, truncated_normal, truncated_normal64)
-    return {probe.__name__: numba.njit(error_model="numpy")(probe) for probe in probes}
+            vector = ir.VectorType(ir.IntType(64), compiled.BLOCKS).as_pointer()
+            loaded = [
+                compiled.Lanes(builder, builder.load(builder.bitcast(pointer, vector), align=8))
+                for pointer in pointers(rows, arguments[0])
+            ]
+            for made, pointer in zip(functions[name](*loaded), pointers(results, arguments[1]), strict=True):
+                builder.store(made.value, builder.bitcast(pointer, made.value.type.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(rows, results, place), generate
+
+    @numba.njit
+    def run(rows: Any, results: Any) -> None:
+        for place in range(0, len(rows[0]), compiled.BLOCKS):
+            apply(rows, results, place)
+
+    def probe(words: np.ndarray, result_type: Any, results: int) -> np.ndarray:
+        count = words.shape[1]
+        padded = np.zeros((len(words), -(-count // compiled.BLOCKS) * compiled.BLOCKS), np.uint64)
+        padded[:, :count] = words
+        if name != "philox4x32":  # the others want blocks as they are there: the even ones first
+            groups = padded.reshape(len(words), -1, compiled.BLOCKS // 2, 2)
+            padded = groups.swapaxes(2, 3).reshape(padded.shape)
+        made = np.zeros((results, padded.shape[1]), result_type)
+        run(tuple(padded), tuple(made))
+        return made[:, :count]
+
+    return probe
 
 
 class Cuda:

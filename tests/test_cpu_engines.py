@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Cpu, CpuNumba
+from conftest import Cpu, CpuNumba, numba_probe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,20 +99,28 @@ def test_engines_write_the_same_bytes_over_many_tiles_and_threads(monkeypatch, d
 def test_rounding_to_16_bits_is_numpys_for_every_kind_of_number():
     low = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     bits = (np.arange(2**16, dtype=np.uint32)[:, None] << 16 | low).reshape(-1)
-    for name, rounding in (("float16", compiled.round_to_float16), ("bfloat16", compiled.round_to_bfloat16)):
+    for dtype in ("float16", "bfloat16"):
         with np.errstate(all="ignore"):
-            expected = bits.view(np.float32).astype(DTYPES[name])
-            used = np.isfinite(expected)  # parse_limit lets no other through
-
-        @numba.njit
-        def probe(weights, result, rounding=rounding):
-            for i in range(len(weights)):
-                result[i] = rounding(weights[i])
-
-        made = np.empty(len(bits), np.uint16)
-        probe(bits.view(np.float32), made)
-        np.testing.assert_array_equal(made[used], expected.view(np.uint16)[used])
+            expected = bits.view(np.float32).astype(DTYPES[dtype])
+        used = np.isfinite(expected)  # parse_limit lets no other through
+        expected = expected[used].view(np.uint16)
+        pairs = np.stack([bits[used], bits[used][::-1]])
+        made = numba_probe(f"round_to_{dtype}")(pairs, np.uint32, 1)[0]
+        np.testing.assert_array_equal(made & 0xFFFF, expected)
+        np.testing.assert_array_equal(made >> 16, expected[::-1])
         assert used.sum() > 300_000
+
+
+@pytest.mark.parametrize("blocks", [8, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_width_writes_the_same_bytes(monkeypatch, dtype, blocks):
+    """The number of blocks side by side is the processor's matter alone."""
+    monkeypatch.setattr(compiled, "BLOCKS", blocks)
+    kernel = compiled.compile_kernel(dtype, cache=False)
+    monkeypatch.setattr(compiled, "kernel", lambda dtype: kernel)
+    for distribution in (quantile.UNIFORM, quantile.TRUNCATED_NORMAL):
+        for run in (Run(2**34 - 1501, 3001, 3, 2**33 + 1), Run(5, 1, 9, 13), Run(2**40, 4096, 1, 0)):
+            assert filled("numba", dtype, distribution, run) == filled("numpy", dtype, distribution, run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

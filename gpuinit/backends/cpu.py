@@ -130,8 +130,7 @@ def fill_with_numba(
     from gpuinit import compiled
 
     compiled_fill = compiled.kernel(out.dtype.name)
-    _, bits_type, limit_type = compiled.ENTRIES[out.dtype.name]
-    bits = out.view(bits_type)
+    _, written, limit_type = compiled.ENTRIES[out.dtype.name]
     shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
     threads = max(1, min(thread_limit(), out.size // COMPILED_ELEMENTS_PER_THREAD))
 
@@ -140,7 +139,7 @@ def fill_with_numba(
             compiled_fill(tile.out, np.uint64(tile.first), np.uint64(tile.row_stride), *shared)
 
     # The compiled rows need not start at the same place of a block: one lane is all there is to keep in step.
-    share(tiles(bits, runs, 1, COMPILED_ELEMENTS_AT_ONCE), threads, work)
+    share(tiles(out.view(written), runs, 1, COMPILED_ELEMENTS_AT_ONCE), threads, work)
 
 
 def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]], None]) -> None:
