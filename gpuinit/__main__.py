@@ -108,7 +108,7 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     seconds = time.perf_counter() - start
 
     fan_in, _ = fans(shape, -2, -1, ())
-    limit = parse_limit("truncated_normal", "scale 2", parent_std(2, fan_in), DTYPES[dtype])
+    limit = parse_limit("truncated_normal", ("scale", 2), parent_std(2, fan_in), DTYPES[dtype])
     return {
         "device": devices.describe_device(number),
         "engine": engine,

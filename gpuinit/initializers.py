@@ -88,20 +88,20 @@ def he_normal(
         He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852;
         `keras.initializers.HeNormal`; the fans of `jax.nn.initializers.variance_scaling`.
     """
-    return variance_scaling(
+    return scaled(
         shape,
         2.0,
         "fan_in",
         "truncated_normal",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+        seed,
+        name,
+        dtype,
+        device,
+        out,
+        index,
+        in_axis,
+        out_axis,
+        batch_axis,
     )
 
 
@@ -127,20 +127,8 @@ def he_uniform(
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015;
     `keras.initializers.HeUniform`.
     """
-    return variance_scaling(
-        shape,
-        2.0,
-        "fan_in",
-        "uniform",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+    return scaled(
+        shape, 2.0, "fan_in", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
     )
 
 
@@ -166,20 +154,20 @@ def glorot_normal(
     References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010; `keras.initializers.GlorotNormal`.
     """
-    return variance_scaling(
+    return scaled(
         shape,
         1.0,
         "fan_avg",
         "truncated_normal",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+        seed,
+        name,
+        dtype,
+        device,
+        out,
+        index,
+        in_axis,
+        out_axis,
+        batch_axis,
     )
 
 
@@ -205,20 +193,8 @@ def glorot_uniform(
     References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010; `keras.initializers.GlorotUniform`.
     """
-    return variance_scaling(
-        shape,
-        1.0,
-        "fan_avg",
-        "uniform",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+    return scaled(
+        shape, 1.0, "fan_avg", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
     )
 
 
@@ -244,20 +220,20 @@ def lecun_normal(
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
     `keras.initializers.LecunNormal`.
     """
-    return variance_scaling(
+    return scaled(
         shape,
         1.0,
         "fan_in",
         "truncated_normal",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+        seed,
+        name,
+        dtype,
+        device,
+        out,
+        index,
+        in_axis,
+        out_axis,
+        batch_axis,
     )
 
 
@@ -283,20 +259,8 @@ def lecun_uniform(
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
     `keras.initializers.LecunUniform`.
     """
-    return variance_scaling(
-        shape,
-        1.0,
-        "fan_in",
-        "uniform",
-        seed=seed,
-        name=name,
-        dtype=dtype,
-        device=device,
-        out=out,
-        index=index,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
+    return scaled(
+        shape, 1.0, "fan_in", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
     )
 
 
@@ -330,9 +294,9 @@ def variance_scaling(
 
     References: `keras.initializers.VarianceScaling`, `jax.nn.initializers.variance_scaling`.
     """
-    parsed = parse_shape(shape)
-    width = parse_scaling(parsed, scale, mode, distribution, in_axis, out_axis, batch_axis)
-    return make(parsed, distribution, f"scale {scale!r}", width, seed, name, dtype, device, out, index)
+    return scaled(
+        shape, scale, mode, distribution, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
+    )
 
 
 def truncated_normal(
@@ -364,7 +328,7 @@ def truncated_normal(
     return make(
         parse_shape(shape),
         "truncated_normal",
-        f"stddev {stddev!r}",
+        ("stddev", stddev),
         width,
         seed,
         name,
@@ -397,7 +361,7 @@ def uniform(
     return make(
         parse_shape(shape),
         "uniform",
-        f"limit {limit!r}",
+        ("limit", limit),
         width,
         seed,
         name,
@@ -408,10 +372,31 @@ def uniform(
     )
 
 
+def scaled(
+    shape: Shape,
+    scale: float,
+    mode: str,
+    distribution: str,
+    seed: SupportsIndex | None,
+    name: str | None,
+    dtype: npt.DTypeLike | None,
+    device: object,
+    out: Any,
+    index: Index | None,
+    in_axis: Axes,
+    out_axis: Axes,
+    batch_axis: Axes,
+) -> Any:
+    """What variance_scaling and the six above have in common. A keyword is slow to hand on."""
+    parsed = parse_shape(shape)
+    width = parse_scaling(parsed, scale, mode, distribution, in_axis, out_axis, batch_axis)
+    return make(parsed, distribution, ("scale", scale), width, seed, name, dtype, device, out, index)
+
+
 def make(
     shape: tuple[int, ...],
     distribution: str,
-    width_source: str,
+    width_source: tuple[str, float],
     width: float,
     seed: SupportsIndex | None,
     name: str | None,
@@ -422,7 +407,8 @@ def make(
 ) -> Any:
     """Check what is left to check, then fill one array.
 
-    width is the standard deviation of the normal before truncation, or the limit of the uniform.
+    width is the standard deviation of the normal before truncation, or the limit of the uniform; it comes
+    from an argument of this name and value.
     """
     key, stream = parse_seed(seed), parse_name(name)
     starts, lengths, part = parse_index(index, shape)
@@ -501,14 +487,15 @@ def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
 
 
 @lru_cache(maxsize=256)  # tensors of one model share their widths, and np.errstate is slow
-def parse_limit(distribution: str, source: str, width: float, dtype: np.dtype) -> float:
+def parse_limit(distribution: str, source: tuple[str, float], width: float, dtype: np.dtype) -> float:
     """The largest weight, in the arithmetic of the sample: float64 for float64, else float32."""
     kind = np.float64 if dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         limit = kind(width) * kind(2 if distribution == "truncated_normal" else 1)
         if not np.isfinite(np.asarray(limit).astype(dtype)):
+            argument, value = source
             raise ValueError(
-                f"{source.split()[0]} must leave the weights finite in {dtype.name}, got {source}"
+                f"{argument} must leave the weights finite in {dtype.name}, got {argument} {value!r}"
             )
     return float(limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from types import EllipsisType
 from typing import Any, NamedTuple, SupportsIndex
@@ -104,14 +104,15 @@ def parse_index(
         return (0,) * len(shape), shape, shape
     items = index if isinstance(index, tuple) else (index,)
     wanted = "index must hold integers, slices and at most one Ellipsis"
-    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
-    if len(ellipses) > 1:
+    kinds = list(map(type, items))
+    ellipses = kinds.count(EllipsisType)
+    if ellipses > 1:
         raise ValueError(f"{wanted}, got {index!r}")
-    missing = len(shape) - len(items) + len(ellipses)
+    missing = len(shape) - len(items) + ellipses
     if missing < 0:
         raise ValueError(f"index must have at most {len(shape)} entries for shape {shape}, got {index!r}")
     if ellipses or missing:
-        at = ellipses[0] if ellipses else len(items)
+        at = kinds.index(EllipsisType) if ellipses else len(items)
         items = items[:at] + (slice(None),) * missing + items[at + 1 :]
 
     starts, lengths, part = [], [], []
@@ -123,9 +124,10 @@ def parse_index(
                 start, stop, _ = item.indices(length)
             except TypeError:
                 raise TypeError(f"{wanted}, got {index!r}") from None
+            count = stop - start if stop > start else 0
             starts.append(start)
-            lengths.append(max(stop - start, 0))
-            part.append(lengths[-1])
+            lengths.append(count)
+            part.append(count)
         else:
             position = as_integer(item, wanted, index)
             if not -length <= position < length:
@@ -143,9 +145,19 @@ def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ..
     """
     if 0 in lengths:
         return
-    if lengths == shape:
-        yield Run(0, prod(shape), 1, 0)
+    first, outer = first_run(shape, starts, lengths)
+    if not outer:
+        yield first
         return
+    for further in walk(outer):
+        yield Run(first.offset + further, *first[1:])
+
+
+@lru_cache(maxsize=256)  # tensors of one model share their shapes
+def first_run(
+    shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[Run, list[tuple[int, int]]]:
+    """The first run of a part that is not empty, and the axes left, (length, stride), innermost first."""
     joined: list[tuple[int, int]] = []  # (length, stride), innermost first
     offset, stride = 0, 1
     for length, start, count in zip(shape[::-1], starts[::-1], lengths[::-1], strict=True):
@@ -160,8 +172,7 @@ def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ..
     if len(joined) == 1:
         joined.append((1, 0))
     (count, _), (rows, row_stride), *outer = joined
-    for further in walk(outer) if outer else (0,):
-        yield Run(offset + further, count, rows, row_stride)
+    return Run(offset, count, rows, row_stride), outer
 
 
 def walk(axes: list[tuple[int, int]]) -> Iterator[int]:

@@ -424,28 +424,35 @@ def test_the_limit_of_threads_and_the_affinity_are_obeyed(monkeypatch):
     def spying(dtype):
         def fill(*arguments):
             running.add(threading.get_ident())
+            if wait_for_another and len(running) == 1:
+                second.wait(60)  # this thread must not do all the work before another starts
+            second.set()
             kernel(dtype)(*arguments)
 
         return fill
 
     def threads_that_ran(shape):
         running.clear()
+        second.clear()
         gpuinit.he_normal(shape, seed=1, device="cpu")
         return running
 
     monkeypatch.setattr(compiled, "kernel", spying)
-    here = {threading.get_ident()}
+    second, here = threading.Event(), {threading.get_ident()}
     for limit in (1, 3):
         monkeypatch.setenv("GPUINIT_NUM_THREADS", str(limit))
+        wait_for_another = limit > 1
         ran = threads_that_ran((4096, 2048))
-        assert 1 <= len(ran) <= limit
-        assert (ran == here) == (limit == 1)
+        assert here <= ran
+        assert min(2, limit) <= len(ran) <= limit
+    wait_for_another = False
     assert threads_that_ran((64, 64)) == here  # too small to repay a thread
     monkeypatch.delenv("GPUINIT_NUM_THREADS")
     if hasattr(os, "sched_getaffinity"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
         assert threads_that_ran((4096, 2048)) == here
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+        wait_for_another = True
         assert threads_that_ran((4096, 2048)) != here
 
 

@@ -95,12 +95,10 @@ def test_the_launch_fits_the_kernels_bounds():
 
 
 def test_the_launch_shape_is_one_that_devices_take():
-    from gpuinit.stream import Run
-
     for length in (1, 5, 1000, 2**20, 2**40):
         for rows in (1, 2, 1000, 2**20, 2**40):
             for lanes in (2, 4, 8):
-                grid, block = cuda.launch_shape(Run(3, length, rows, length), lanes, 132 * 8)
+                grid, block = cuda.launch_shape(length, rows, lanes, 132 * 8)
                 assert block[0] * block[1] == cuda.THREADS_PER_BLOCK
                 assert 1 <= grid[0] < 2**31
                 assert 1 <= grid[1] <= 65535
@@ -108,11 +106,8 @@ def test_the_launch_shape_is_one_that_devices_take():
 
 
 def test_the_grid_is_as_many_blocks_as_the_device_holds_at_once(cupy_sim, monkeypatch):
-    from gpuinit.stream import Run
-
     assert cuda.resident_blocks(0, "float32") == 5 * cupy_sim.MULTIPROCESSORS  # 46 registers count as 48
-    large = Run(0, 2**30, 1, 0)
-    assert cuda.launch_shape(large, 4, 660) == ((660, 1), (256, 1))
+    assert cuda.launch_shape(2**30, 1, 4, 660) == ((660, 1), (256, 1))
     cuda.resident_blocks.cache_clear()
     monkeypatch.setattr(cupy_sim.RawKernel, "num_regs", 255)
     assert cuda.resident_blocks(0, "float32") == cupy_sim.MULTIPROCESSORS
@@ -122,11 +117,9 @@ def test_the_grid_is_as_many_blocks_as_the_device_holds_at_once(cupy_sim, monkey
 
 
 def test_the_threads_of_a_block_fit_the_row():
-    from gpuinit.stream import Run
-
-    assert cuda.launch_shape(Run(0, 128, 1000, 512), 4, 660) == ((1, 125), (32, 8))
-    assert cuda.launch_shape(Run(0, 4096, 16384, 16384), 4, 660) == ((4, 165), (256, 1))
-    assert cuda.launch_shape(Run(0, 1, 10**6, 7), 4, 660) == ((1, 660), (1, 256))
+    assert cuda.launch_shape(128, 1000, 4, 660) == ((1, 125), (32, 8))
+    assert cuda.launch_shape(4096, 16384, 4, 660) == ((4, 165), (256, 1))
+    assert cuda.launch_shape(1, 10**6, 4, 660) == ((1, 660), (1, 256))
 
 
 def test_the_kernel_needs_no_header():

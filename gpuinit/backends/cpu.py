@@ -143,7 +143,7 @@ def fill_with_numba(
 
 
 def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]], None]) -> None:
-    """Do the work on so many threads, each of which draws the next tile when it is free."""
+    """Do the work on so many threads, this one among them, each of which draws a tile when it is free."""
     if threads == 1:
         work(tiles)
         return
@@ -166,13 +166,11 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
             with lock:
                 tiles.close()
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for worker in [pool.submit(draw_and_work) for _ in range(threads)]:
-                worker.result()
-        finally:  # nor after Ctrl-C
-            with lock:
-                tiles.close()
+    with ThreadPoolExecutor(threads - 1) as pool:
+        workers = [pool.submit(draw_and_work) for _ in range(threads - 1)]
+        draw_and_work()
+        for worker in workers:
+            worker.result()
 
 
 def tiles(out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: int) -> Generator[Tile]:

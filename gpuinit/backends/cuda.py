@@ -32,30 +32,30 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: int) -> Any:
 
 
 def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
-    dtype, device = out.dtype, out.device
-    lanes = 16 // dtype.itemsize
+    device, dtype = out.device, name(out.dtype)
+    lanes = 16 // out.dtype.itemsize
     limit_type = np.float64 if lanes == 2 else np.float32
     shared = (uint64(key), uint64(stream), np.uint32(distribution), limit_type(limit))
     position = 0
     with device:
-        launch = kernel(name(dtype))
-        most = resident_blocks(device.id, name(dtype))
+        launch, most = kernel(dtype), resident_blocks(device.id, dtype)
         for run in runs:
             part, size = out, run.rows * run.length
             if size < out.size:
                 part = out.reshape(-1)[position : position + size]
                 position += size
-            grid, block = launch_shape(run, lanes, most)
+            grid, block = launch_shape(run.length, run.rows, lanes, most)
             launch(grid, block, (part, *map(uint64, run), *shared))
 
 
-def launch_shape(run: Run, lanes: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
+@lru_cache(maxsize=256)
+def launch_shape(length: int, rows: int, lanes: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Grid and block: x over the packets of a row, y over the rows, at most `most` blocks."""
-    packets = (run.length + 2 * lanes - 2) // lanes  # wherever the first one starts
+    packets = (length + 2 * lanes - 2) // lanes  # wherever the first one starts
     x = min(THREADS_PER_BLOCK, 1 << (packets.bit_length() - 1))
     y = THREADS_PER_BLOCK // x
     grid_x = min(packets // x, most)  # the few packets left over take a second turn
-    grid_y = min(-(-run.rows // y), max(1, most // grid_x), MAX_GRID_Y)
+    grid_y = min(-(-rows // y), max(1, most // grid_x), MAX_GRID_Y)
     return (grid_x, grid_y), (x, y)
 
 

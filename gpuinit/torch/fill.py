@@ -65,14 +65,15 @@ def overlaps(tensor: torch.Tensor) -> bool:
 def fill(
     tensor: torch.Tensor,
     distribution: str,
-    width_source: str,
+    width_source: tuple[str, float],
     width: float,
     seed: SupportsIndex | None,
     name: str | None,
 ) -> torch.Tensor:
     """Check what is left to check, then fill a tensor that passed `check`.
 
-    width is the standard deviation of the normal before truncation, or the limit of the uniform.
+    width is the standard deviation of the normal before truncation, or the limit of the uniform; it comes
+    from an argument of this name and value.
     """
     stream = parse_name(name)
     if seed is not None:

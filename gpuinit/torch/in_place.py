@@ -247,7 +247,7 @@ def variance_scaling_(
     if tensor.ndim < 2 and axes == TORCH_AXES:
         axes = DEFAULT_AXES
     width = parse_scaling(tuple(tensor.shape), scale, mode, distribution, *axes)
-    return fill(tensor, distribution, f"scale {scale!r}", width, seed, name)
+    return fill(tensor, distribution, ("scale", scale), width, seed, name)
 
 
 def truncated_normal_(
@@ -272,7 +272,7 @@ def truncated_normal_(
     """
     check(tensor)
     width = parse_number("stddev", stddev)
-    return fill(tensor, "truncated_normal", f"stddev {stddev!r}", width, seed, name)
+    return fill(tensor, "truncated_normal", ("stddev", stddev), width, seed, name)
 
 
 def uniform_(
@@ -291,4 +291,4 @@ def uniform_(
     """
     check(tensor)
     width = parse_number("limit", limit)
-    return fill(tensor, "uniform", f"limit {limit!r}", width, seed, name)
+    return fill(tensor, "uniform", ("limit", limit), width, seed, name)
