@@ -1,4 +1,4 @@
-"""The sampler compiled for the CPU by Numba: stream format 1.
+"""The sampler compiled for the CPU by Numba: stream format 2.
 
 Twins: kernels/fill.cu and gpuinit/quantile.py have the same names in the same order, and the tests compare
 them by bytes. The constants are written out here, as in the kernel, and not imported: Numba freezes them into
@@ -37,35 +37,38 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 
-# R(v) = P(v)/Q(v) in float32, relative error 7.3e-8 (tools/fit_quantile.py).
-P0, P1, P2, P3, P4 = map(np.float32, (0.09126182, 1.1120256, 3.4368744, 2.5214055, 0.20533383))
-Q0, Q1, Q2, Q3 = map(np.float32, (0.09126182, 1.2680678, 4.831078, 5.1258583))
+# R(t) = R0 + R1*t + N*(R2 + R3/Q), Y = (Y0 - t)*(Y1 - t), N = Y + N0, Q = Y*(Q1 - t) + Q0 in float32, with a
+# weighted relative error of 1.7e-7 (tools/fit_quantile.py).
+R0, R1, R2, R3 = map(np.float32, (0.41277757, 0.04760623, 0.0046481327, 0.30843925))
+Y0, Y1 = map(np.float32, (0.96703994, 1.5457196))
+N0 = np.float32(0.06913901)
+Q0, Q1 = map(np.float32, (0.043334197, 1.7829732))
 
-# R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constant first (tools/fit_quantile.py).
-P64 = (
-    0.012972411312794016,
-    0.44511913530726677,
-    6.138307102239534,
-    43.844162448203335,
-    174.84171944281806,
-    393.0584632004382,
-    482.53567887695226,
-    300.5202791102226,
-    82.7780024537458,
-    7.638722566804412,
-    0.10408770881319832,
+# R(v) = R0 + R1*N/Q, N and Q monic polynomials in v = 1 - t, in float64, weighted relative error 9.3e-18,
+# constants first (tools/fit_quantile.py).
+R64 = (0.10441156857015813, 4.542458417924603)
+N64 = (
+    0.002425975850266509,
+    0.08301813801091237,
+    1.1406042206919167,
+    8.103931143111144,
+    32.062861048550324,
+    71.20019308647001,
+    85.66270153974064,
+    51.47534857961033,
+    13.189084017454736,
 )
 Q64 = (
-    0.012972411312794016,
-    0.4673001400527829,
-    6.827259552312625,
-    52.28011698854188,
-    227.05006713244106,
-    567.883983210436,
-    799.349934192021,
-    597.1511740409888,
-    212.68095413312133,
-    29.54093152000372,
+    0.012304641324063564,
+    0.4445631917015149,
+    6.517378109542563,
+    50.104883348364446,
+    218.5920655295031,
+    549.5499832962482,
+    778.0011993750466,
+    584.8669118160961,
+    209.70818874502353,
+    29.332203457829202,
 )
 
 LOW_WORD = 0xFFFFFFFF
@@ -166,7 +169,8 @@ class Lanes:
         return self.emit("shuffle_vector", other.value, ir.Constant(ir.VectorType(INT32, len(mask)), mask))
 
 
-def in_order(count):
+def in_order(count: int) -> list[int]:
+    """The places of even blocks, which come first, and of odd ones in turns."""
     return [place for lane in range(count // 2) for place in (lane, count // 2 + lane)]
 
 
@@ -203,40 +207,36 @@ def uniform(word):
     return word.low_halves().to(FLOAT) * 2.0**-31
 
 
-def numerator(v):
-    p = v * P4
-    p = (p + P3) * v
-    p = (p + P2) * v
-    p = (p + P1) * v
-    return p + P0
+def quadratic(t):
+    """Y, which N and Q share."""
+    return (Y0 - t) * (Y1 - t)
 
 
-def denominator(v):
-    q = (v + Q3) * v
-    q = (q + Q2) * v
-    q = (q + Q1) * v
-    return q + Q0
+def denominator(t, y):
+    return y * (Q1 - t) + Q0
 
 
-def quantile(u, p, inverse_q):
+def quantile(u, t, y, r3_by_q):
     """The truncated normal sample in units of its bound. The cut at 1 is what proves |sample| <= 1."""
-    return u * (p * inverse_q).at_most(1)
+    line = t * R1 + R0
+    return u * ((y + N0) * (r3_by_q + R2) + line).at_most(1)
 
 
 def truncated_normal(u0, u1, u2, u3):
     """The four samples of every block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3))."""
-    v0, v1, v2, v3 = 1 - u0 * u0, 1 - u1 * u1, 1 - u2 * u2, 1 - u3 * u3
-    q0, q1, q2, q3 = denominator(v0), denominator(v1), denominator(v2), denominator(v3)
+    t0, t1, t2, t3 = u0 * u0, u1 * u1, u2 * u2, u3 * u3
+    y0, y1, y2, y3 = quadratic(t0), quadratic(t1), quadratic(t2), quadratic(t3)
+    q0, q1, q2, q3 = denominator(t0, y0), denominator(t1, y1), denominator(t2, y2), denominator(t3, y3)
     q01 = q0 * q1
     q23 = q2 * q3
-    inverse = 1 / (q01 * q23)
+    inverse = 1 / (q01 * q23) * R3
     inverse01 = inverse * q23
     inverse23 = inverse * q01
     return (
-        quantile(u0, numerator(v0), inverse01 * q1),
-        quantile(u1, numerator(v1), inverse01 * q0),
-        quantile(u2, numerator(v2), inverse23 * q3),
-        quantile(u3, numerator(v3), inverse23 * q2),
+        quantile(u0, t0, y0, inverse01 * q1),
+        quantile(u1, t1, y1, inverse01 * q0),
+        quantile(u2, t2, y2, inverse23 * q3),
+        quantile(u3, t3, y3, inverse23 * q2),
     )
 
 
@@ -255,10 +255,10 @@ def uniform64(low, high):
 
 
 def numerator64(v):
-    p = v * P64[-1]
-    for coefficient in P64[-2:0:-1]:
-        p = (p + coefficient) * v
-    return p + P64[0]
+    n = (v + N64[-1]) * v
+    for coefficient in N64[-2:0:-1]:
+        n = (n + coefficient) * v
+    return n + N64[0]
 
 
 def denominator64(v):
@@ -268,10 +268,16 @@ def denominator64(v):
     return q + Q64[0]
 
 
-def truncated_normal64(u):
-    v = 1 - u * u
-    ratio = numerator64(v) * (1 / denominator64(v))
-    return u * ratio.at_most(1)
+def quantile64(u, n, r1_by_q):
+    return u * (n * r1_by_q + R64[0]).at_most(1)
+
+
+def truncated_normal64(u0, u1):
+    """The two samples of every block."""
+    v0, v1 = 1 - u0 * u0, 1 - u1 * u1
+    q0, q1 = denominator64(v0), denominator64(v1)
+    inverse = 1 / (q0 * q1) * R64[1]
+    return quantile64(u0, numerator64(v0), inverse * q1), quantile64(u1, numerator64(v1), inverse * q0)
 
 
 def weights64(block, stream, key, distribution, limit):
@@ -279,7 +285,7 @@ def weights64(block, stream, key, distribution, limit):
     words = philox4x32(block, stream, key)
     w = [uniform64(*words[:2]), uniform64(*words[2:])]
     if distribution == TRUNCATED_NORMAL:
-        w = map(truncated_normal64, w)
+        w = truncated_normal64(*w)
     return [sample * limit for sample in w]
 
 

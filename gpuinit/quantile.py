@@ -1,4 +1,4 @@
-"""The sampler in NumPy: stream format 1.
+"""The sampler in NumPy: stream format 2.
 
 Twin: kernels/fill.cu has the same names in the same order; its header says what is computed and from which
 counter, and the tests compare the two by bytes. Where the kernel makes one block of four words, a function
@@ -26,35 +26,38 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 
-# R(v) = P(v)/Q(v) in float32, relative error 7.3e-8, constants first (tools/fit_quantile.py).
-P = tuple(map(np.float32, (0.09126182, 1.1120256, 3.4368744, 2.5214055, 0.20533383)))
-Q = tuple(map(np.float32, (0.09126182, 1.2680678, 4.831078, 5.1258583)))
+# R(t) = R0 + R1*t + N*(R2 + R3/Q), Y = (Y0 - t)*(Y1 - t), N = Y + N0, Q = Y*(Q1 - t) + Q0 in float32, with a
+# weighted relative error of 1.7e-7 (tools/fit_quantile.py).
+R = tuple(map(np.float32, (0.41277757, 0.04760623, 0.0046481327, 0.30843925)))
+Y = tuple(map(np.float32, (0.96703994, 1.5457196)))
+N = tuple(map(np.float32, (0.06913901,)))
+Q = tuple(map(np.float32, (0.043334197, 1.7829732)))
 
-# R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constants first (tools/fit_quantile.py).
-P64 = (
-    0.012972411312794016,
-    0.44511913530726677,
-    6.138307102239534,
-    43.844162448203335,
-    174.84171944281806,
-    393.0584632004382,
-    482.53567887695226,
-    300.5202791102226,
-    82.7780024537458,
-    7.638722566804412,
-    0.10408770881319832,
+# R(v) = R0 + R1*N/Q, N and Q monic polynomials in v = 1 - t, in float64, weighted relative error 9.3e-18,
+# constants first (tools/fit_quantile.py).
+R64 = (0.10441156857015813, 4.542458417924603)
+N64 = (
+    0.002425975850266509,
+    0.08301813801091237,
+    1.1406042206919167,
+    8.103931143111144,
+    32.062861048550324,
+    71.20019308647001,
+    85.66270153974064,
+    51.47534857961033,
+    13.189084017454736,
 )
 Q64 = (
-    0.012972411312794016,
-    0.4673001400527829,
-    6.827259552312625,
-    52.28011698854188,
-    227.05006713244106,
-    567.883983210436,
-    799.349934192021,
-    597.1511740409888,
-    212.68095413312133,
-    29.54093152000372,
+    0.012304641324063564,
+    0.4445631917015149,
+    6.517378109542563,
+    50.104883348364446,
+    218.5920655295031,
+    549.5499832962482,
+    778.0011993750466,
+    584.8669118160961,
+    209.70818874502353,
+    29.332203457829202,
 )
 
 # Constants that NumPy would otherwise convert at every call.
@@ -70,9 +73,9 @@ class Scratch(NamedTuple):
     odd: Array  # (2, n) uint64: words 1 and 3
     product: Array  # (2, n) uint64
     words: Array  # (4, n) uint32
-    u: Array  # (lanes, n) of the sample's type, like v, p and q
-    v: Array  # on even
-    p: Array  # on odd
+    u: Array  # (lanes, n) of the sample's type, like t, y and q
+    t: Array  # on even
+    y: Array  # on odd
     q: Array  # on product
     weights: Array  # (n, lanes), on even
 
@@ -92,8 +95,8 @@ def make_scratch(memory: Array, n: int, sample_type: npt.DTypeLike) -> Scratch:
         product=c.reshape(2, n),
         words=d.view(np.uint32).reshape(4, n),
         u=e.view(sample_type).reshape(lanes, n),
-        v=a.view(sample_type).reshape(lanes, n),
-        p=b.view(sample_type).reshape(lanes, n),
+        t=a.view(sample_type).reshape(lanes, n),
+        y=b.view(sample_type).reshape(lanes, n),
         q=c.view(sample_type).reshape(lanes, n),
         weights=a.view(sample_type).reshape(n, lanes),
     )
@@ -130,20 +133,16 @@ def uniform(words: Array, u: Array) -> Array:
     return np.multiply(u, np.float32(2**-31), out=u)
 
 
-def numerator(v: Array, p: Array) -> Array:
-    np.multiply(v, P[-1], out=p)
-    for coefficient in P[-2:0:-1]:
-        np.add(p, coefficient, out=p)
-        np.multiply(p, v, out=p)
-    return np.add(p, P[0], out=p)
+def quadratic(t: Array, y: Array, other: Array) -> Array:
+    """Y, which N and Q share."""
+    np.subtract(Y[0], t, out=y)
+    np.subtract(Y[1], t, out=other)
+    return np.multiply(y, other, out=y)
 
 
-def denominator(v: Array, q: Array) -> Array:
-    np.add(v, Q[-1], out=q)
-    np.multiply(q, v, out=q)
-    for coefficient in Q[-2:0:-1]:
-        np.add(q, coefficient, out=q)
-        np.multiply(q, v, out=q)
+def denominator(t: Array, y: Array, q: Array) -> Array:
+    np.subtract(Q[1], t, out=q)
+    np.multiply(y, q, out=q)
     return np.add(q, Q[0], out=q)
 
 
@@ -152,21 +151,27 @@ def truncated_normal(u: Array, scratch: Scratch) -> Array:
 
     One reciprocal serves the four samples of a block: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3)).
     """
-    v = np.multiply(u, u, out=scratch.v)
-    np.subtract(np.float32(1), v, out=v)
-    q = denominator(v, scratch.q)
-    p = numerator(v, scratch.p)
-    pairs = scratch.words.view(np.float32)[0:2]  # the words are spent
-    inverse = scratch.words.view(np.float32)[2]
+    t = np.multiply(u, u, out=scratch.t)
+    y = quadratic(t, scratch.y, scratch.q)
+    q = denominator(t, y, scratch.q)
+    np.multiply(t, R[1], out=t)
+    line = np.add(t, R[0], out=t)
+    spent = scratch.words.view(np.float32)
+    pairs, evens, inverse = spent[0:2], spent[2:4], spent[2]
     np.multiply(q[0::2], q[1::2], out=pairs)  # q0*q1, q2*q3
     np.multiply(pairs[0], pairs[1], out=inverse)
     np.divide(np.float32(1), inverse, out=inverse)
-    np.multiply(inverse, pairs, out=pairs)  # the inverses of q2*q3, q0*q1
-    in_pairs = (2, 2, -1)
-    np.multiply(pairs[::-1, None], q.reshape(in_pairs)[:, ::-1], out=v.reshape(in_pairs))
-    np.multiply(p, v, out=p)
-    np.minimum(p, np.float32(1), out=p)
-    return np.multiply(u, p, out=u)
+    np.multiply(inverse, R[3], out=inverse)
+    np.multiply(inverse, pairs, out=pairs)  # R3/(q2*q3), R3/(q0*q1)
+    np.multiply(pairs[::-1], q[1::2], out=evens)  # R3/q0, R3/q2
+    np.multiply(pairs[::-1], q[0::2], out=q[1::2])  # R3/q1, R3/q3
+    np.add(evens, R[2], out=q[0::2])
+    np.add(q[1::2], R[2], out=q[1::2])
+    np.add(y, N[0], out=y)
+    np.multiply(y, q, out=y)
+    ratio = np.add(y, line, out=y)
+    np.minimum(ratio, np.float32(1), out=ratio)
+    return np.multiply(u, ratio, out=u)
 
 
 def weights(
@@ -191,12 +196,13 @@ def uniform64(even: Array, odd: Array, u: Array) -> Array:
     return np.multiply(u, 2.0**-63, out=u)
 
 
-def numerator64(v: Array, p: Array) -> Array:
-    np.multiply(v, P64[-1], out=p)
-    for coefficient in P64[-2:0:-1]:
-        np.add(p, coefficient, out=p)
-        np.multiply(p, v, out=p)
-    return np.add(p, P64[0], out=p)
+def numerator64(v: Array, n: Array) -> Array:
+    np.add(v, N64[-1], out=n)
+    np.multiply(n, v, out=n)
+    for coefficient in N64[-2:0:-1]:
+        np.add(n, coefficient, out=n)
+        np.multiply(n, v, out=n)
+    return np.add(n, N64[0], out=n)
 
 
 def denominator64(v: Array, q: Array) -> Array:
@@ -209,10 +215,17 @@ def denominator64(v: Array, q: Array) -> Array:
 
 
 def truncated_normal64(u: Array, scratch: Scratch) -> Array:
-    v = np.multiply(u, u, out=scratch.v)
+    """The same, two samples to a block."""
+    v = np.multiply(u, u, out=scratch.t)
     np.subtract(1.0, v, out=v)
-    inverse = np.divide(1.0, denominator64(v, scratch.q), out=scratch.q)
-    ratio = np.multiply(numerator64(v, scratch.p), inverse, out=scratch.p)
+    q = denominator64(v, scratch.q)
+    n = numerator64(v, scratch.y)
+    inverse = np.multiply(q[0], q[1], out=v[0])
+    np.divide(1.0, inverse, out=inverse)
+    np.multiply(inverse, R64[1], out=inverse)
+    np.multiply(inverse, q, out=q)  # R1/q1, R1/q0
+    np.multiply(n, q[::-1], out=n)
+    ratio = np.add(n, R64[0], out=n)
     np.minimum(ratio, 1.0, out=ratio)
     return np.multiply(u, ratio, out=u)
 

@@ -1,4 +1,4 @@
-"""Seed and name to key and stream; shape and index to runs of global elements (stream format 1)."""
+"""Seed and name to key and stream; shape and index to runs of global elements (stream format 2)."""
 
 from __future__ import annotations
 

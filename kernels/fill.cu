@@ -1,4 +1,4 @@
-/* Fill an array with initial weights: stream format 1.
+/* Fill an array with initial weights: stream format 2.
  *
  * What it computes. Element i (row-major index in the whole array) of the array named by (key, stream) is
  *
@@ -52,27 +52,28 @@ typedef unsigned short uint16;
 #define PHILOX_W1 0xBB67AE85u
 #define PHILOX_ROUNDS 10
 
-/* R(v) = P(v)/Q(v) in float32, relative error 7.3e-8 (tools/fit_quantile.py). */
-#define P0 0.09126182f
-#define P1 1.1120256f
-#define P2 3.4368744f
-#define P3 2.5214055f
-#define P4 0.20533383f
-#define Q0 0.09126182f
-#define Q1 1.2680678f
-#define Q2 4.831078f
-#define Q3 5.1258583f
+/* R(t) = R0 + R1*t + N*(R2 + R3/Q), Y = (Y0 - t)*(Y1 - t), N = Y + N0, Q = Y*(Q1 - t) + Q0 in float32, with
+ * a weighted relative error of 1.7e-7 (tools/fit_quantile.py). */
+#define R0 0.41277757f
+#define R1 0.04760623f
+#define R2 0.0046481327f
+#define R3 0.30843925f
+#define Y0 0.96703994f
+#define Y1 1.5457196f
+#define N0 0.06913901f
+#define Q0 0.043334197f
+#define Q1 1.7829732f
 
-/* R(v) = P(v)/Q(v) in float64, relative error 7.2e-18, constant first (tools/fit_quantile.py). In constant
- * memory: an instruction has no room for a double. */
-static __constant__ double P64[] = {
-    0.012972411312794016, 0.44511913530726677, 6.138307102239534, 43.844162448203335, 174.84171944281806,
-    393.0584632004382, 482.53567887695226, 300.5202791102226, 82.7780024537458, 7.638722566804412,
-    0.10408770881319832,
+/* R(v) = R0 + R1*N/Q, N and Q monic polynomials in v = 1 - t, in float64, weighted relative error 9.3e-18,
+ * constants first (tools/fit_quantile.py). In constant memory: an instruction has no room for a double. */
+static __constant__ double R64[] = {0.10441156857015813, 4.542458417924603};
+static __constant__ double N64[] = {
+    0.002425975850266509, 0.08301813801091237, 1.1406042206919167, 8.103931143111144, 32.062861048550324,
+    71.20019308647001, 85.66270153974064, 51.47534857961033, 13.189084017454736,
 };
 static __constant__ double Q64[] = {
-    0.012972411312794016, 0.4673001400527829, 6.827259552312625, 52.28011698854188, 227.05006713244106,
-    567.883983210436, 799.349934192021, 597.1511740409888, 212.68095413312133, 29.54093152000372,
+    0.012304641324063564, 0.4445631917015149, 6.517378109542563, 50.104883348364446, 218.5920655295031,
+    549.5499832962482, 778.0011993750466, 584.8669118160961, 209.70818874502353, 29.332203457829202,
 };
 
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -105,32 +106,20 @@ static __device__ float uniform(uint32 word)
     return multiply(__int2float_rn((int)word), 0x1p-31f);
 }
 
-static __device__ float numerator(float v)
-{
-    float p = multiply(P4, v);
-    p = multiply(add(p, P3), v);
-    p = multiply(add(p, P2), v);
-    p = multiply(add(p, P1), v);
-    return add(p, P0);
-}
+/* Y, which N and Q share. */
+static __device__ float quadratic(float t) { return multiply(add(Y0, -t), add(Y1, -t)); }
 
-static __device__ float denominator(float v)
-{
-    float q = multiply(add(v, Q3), v);
-    q = multiply(add(q, Q2), v);
-    q = multiply(add(q, Q1), v);
-    return add(q, Q0);
-}
+static __device__ float denominator(float t, float y) { return add(multiply(y, add(Q1, -t)), Q0); }
 
-/* a * b, at most 1, for a, b >= 0: the multiplier does it in the same instruction. */
-static __device__ float multiply_to_at_most_1(float a, float b)
+/* a + b, from 0 to 1: the adder does it in the same instruction. */
+static __device__ float add_within_0_and_1(float a, float b)
 {
 #ifdef __CUDA_ARCH__
-    float product;
-    asm("mul.rn.ftz.sat.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
-    return product;
+    float sum;
+    asm("add.rn.ftz.sat.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
 #else
-    return a * b < 1.0f ? a * b : 1.0f;
+    return a + b < 1.0f ? a + b : 1.0f;
 #endif
 }
 
@@ -149,33 +138,29 @@ static __device__ float reciprocal(float x)
 }
 
 /* The truncated normal sample in units of its bound. The cut at 1 is what proves |sample| <= 1. */
-static __device__ float quantile(float u, float p, float inverse_q)
+static __device__ float quantile(float u, float t, float y, float r3_by_q)
 {
-    return multiply(u, multiply_to_at_most_1(p, inverse_q));
+    float line = add(multiply(t, R1), R0);
+    return multiply(u, add_within_0_and_1(multiply(add(y, N0), add(r3_by_q, R2)), line));
 }
 
 /* The four samples of one block. One reciprocal serves them: 1/q0 = q1 * ((q2*q3) / (q0*q1*q2*q3)). A
- * denominator is between 0.09 and 13, their product between 6e-5 and 3e4. */
+ * denominator is between 0.029 and 2.71, their product between 7e-7 and 54. */
 static __device__ float4 truncated_normal(float4 u)
 {
-    float4 v, q;
-    v.x = add(1.0f, -multiply(u.x, u.x));
-    v.y = add(1.0f, -multiply(u.y, u.y));
-    v.z = add(1.0f, -multiply(u.z, u.z));
-    v.w = add(1.0f, -multiply(u.w, u.w));
-    q.x = denominator(v.x);
-    q.y = denominator(v.y);
-    q.z = denominator(v.z);
-    q.w = denominator(v.w);
+    float4 t = make_float4(multiply(u.x, u.x), multiply(u.y, u.y), multiply(u.z, u.z), multiply(u.w, u.w));
+    float4 y = make_float4(quadratic(t.x), quadratic(t.y), quadratic(t.z), quadratic(t.w));
+    float4 q = make_float4(denominator(t.x, y.x), denominator(t.y, y.y), denominator(t.z, y.z),
+                           denominator(t.w, y.w));
     float q_xy = multiply(q.x, q.y);
     float q_zw = multiply(q.z, q.w);
-    float inverse = reciprocal(multiply(q_xy, q_zw));
+    float inverse = multiply(reciprocal(multiply(q_xy, q_zw)), R3);
     float inverse_xy = multiply(inverse, q_zw);
     float inverse_zw = multiply(inverse, q_xy);
-    return make_float4(quantile(u.x, numerator(v.x), multiply(inverse_xy, q.y)),
-                       quantile(u.y, numerator(v.y), multiply(inverse_xy, q.x)),
-                       quantile(u.z, numerator(v.z), multiply(inverse_zw, q.w)),
-                       quantile(u.w, numerator(v.w), multiply(inverse_zw, q.z)));
+    return make_float4(quantile(u.x, t.x, y.x, multiply(inverse_xy, q.y)),
+                       quantile(u.y, t.y, y.y, multiply(inverse_xy, q.x)),
+                       quantile(u.z, t.z, y.z, multiply(inverse_zw, q.w)),
+                       quantile(u.w, t.w, y.w, multiply(inverse_zw, q.z)));
 }
 
 /* sample * limit, subnormal results and limits kept: PTX without .ftz does so whatever the flags. */
@@ -208,17 +193,15 @@ static __device__ double uniform64(uint32 low, uint32 high)
 
 static __device__ double numerator64(double v)
 {
-    double p = multiply64(P64[10], v);
-    p = multiply64(add64(p, P64[9]), v);
-    p = multiply64(add64(p, P64[8]), v);
-    p = multiply64(add64(p, P64[7]), v);
-    p = multiply64(add64(p, P64[6]), v);
-    p = multiply64(add64(p, P64[5]), v);
-    p = multiply64(add64(p, P64[4]), v);
-    p = multiply64(add64(p, P64[3]), v);
-    p = multiply64(add64(p, P64[2]), v);
-    p = multiply64(add64(p, P64[1]), v);
-    return add64(p, P64[0]);
+    double n = multiply64(add64(v, N64[8]), v);
+    n = multiply64(add64(n, N64[7]), v);
+    n = multiply64(add64(n, N64[6]), v);
+    n = multiply64(add64(n, N64[5]), v);
+    n = multiply64(add64(n, N64[4]), v);
+    n = multiply64(add64(n, N64[3]), v);
+    n = multiply64(add64(n, N64[2]), v);
+    n = multiply64(add64(n, N64[1]), v);
+    return add64(n, N64[0]);
 }
 
 static __device__ double denominator64(double v)
@@ -235,11 +218,20 @@ static __device__ double denominator64(double v)
     return add64(q, Q64[0]);
 }
 
-static __device__ double truncated_normal64(double u)
+static __device__ double quantile64(double u, double n, double r1_by_q)
 {
-    double v = add64(1.0, -multiply64(u, u));
-    double ratio = multiply64(numerator64(v), __drcp_rn(denominator64(v)));
+    double ratio = add64(multiply64(n, r1_by_q), R64[0]);
     return multiply64(u, ratio < 1.0 ? ratio : 1.0);
+}
+
+/* The two samples of one block, with one reciprocal. */
+static __device__ double2 truncated_normal64(double2 u)
+{
+    double2 v = make_double2(add64(1.0, -multiply64(u.x, u.x)), add64(1.0, -multiply64(u.y, u.y)));
+    double2 q = make_double2(denominator64(v.x), denominator64(v.y));
+    double inverse = multiply64(__drcp_rn(multiply64(q.x, q.y)), R64[1]);
+    return make_double2(quantile64(u.x, numerator64(v.x), multiply64(inverse, q.y)),
+                        quantile64(u.y, numerator64(v.y), multiply64(inverse, q.x)));
 }
 
 static __device__ double2 weights64(uint64 block, uint64 stream, uint64 key, uint32 distribution, double limit)
@@ -247,7 +239,7 @@ static __device__ double2 weights64(uint64 block, uint64 stream, uint64 key, uin
     uint4 words = philox4x32(block, stream, key);
     double2 w = make_double2(uniform64(words.x, words.y), uniform64(words.z, words.w));
     if (distribution == TRUNCATED_NORMAL)
-        w = make_double2(truncated_normal64(w.x), truncated_normal64(w.y));
+        w = truncated_normal64(w);
     return make_double2(multiply64(w.x, limit), multiply64(w.y, limit));
 }
 

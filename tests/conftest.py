@@ -59,8 +59,8 @@ extern "C" __global__ void probe_truncated_normal(uint4 *words, float4 *samples,
 extern "C" __global__ void probe_truncated_normal64(uint4 *words, double2 *samples, uint64 n)
 {
     for (uint64 i = thread_x(); i < n; i += threads_x())
-        samples[i] = make_double2(truncated_normal64(uniform64(words[i].x, words[i].y)),
-                                  truncated_normal64(uniform64(words[i].z, words[i].w)));
+        samples[i] = truncated_normal64(make_double2(uniform64(words[i].x, words[i].y),
+                                                     uniform64(words[i].z, words[i].w)));
 }
 """
 
@@ -136,9 +136,9 @@ def numba_probe(name: str) -> Callable[..., np.ndarray]:
     functions: dict[str, Callable[..., Any]] = {
         "philox4x32": lambda b0, b1, *others: compiled.philox4x32((b0, b1), others[:2], others[2:]),
         "truncated_normal": lambda *words: compiled.truncated_normal(*map(compiled.uniform, words)),
-        "truncated_normal64": lambda *words: [
-            compiled.truncated_normal64(compiled.uniform64(*pair)) for pair in (words[:2], words[2:])
-        ],
+        "truncated_normal64": lambda *words: compiled.truncated_normal64(
+            compiled.uniform64(*words[:2]), compiled.uniform64(*words[2:])
+        ),
         "round_to_float16": lambda *words: [compiled.round_to_float16(*map(weight, words))],
         "round_to_bfloat16": lambda *words: [compiled.round_to_bfloat16(*map(weight, words))],
     }

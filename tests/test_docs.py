@@ -15,7 +15,7 @@ import pytest
 import reference
 
 import gpuinit
-from gpuinit import checkpoint
+from gpuinit import checkpoint, quantile
 from gpuinit.__main__ import main
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -141,16 +141,19 @@ def test_the_program_of_the_format_page_makes_the_librarys_bytes(device, name, s
 
 
 def test_the_tables_of_the_format_page_are_its_programs():
-    narrow = re.findall(r"^\| ([PQ]) +\|(.*)\|$", FORMAT, re.MULTILINE)
+    narrow = re.findall(r"^\| ([RYNQ]) +\|(.*)\|$", FORMAT, re.MULTILINE)
+    assert [letter for letter, _ in narrow] == list("RYNQ")
     for letter, cells in narrow:
-        values = [float(cell) for cell in cells.split("|")]
-        mine = implementation()[letter]
-        assert [implementation()["f32"](value) for value in values[: len(mine)]] == mine
-    wide = re.findall(r"^\| (?:1|v|v\^\d+) +\| (\S+) +\| (\S+) +\|$", FORMAT, re.MULTILINE)
-    assert len(narrow) == 2
-    assert [float(p) for p, _ in wide] == list(implementation()["P64"])
-    assert [float(q) for _, q in wide[:-1]] == list(implementation()["Q64"])
-    assert wide[-1][1] == "1"
+        for number, cell in enumerate(filter(None, map(str.strip, cells.split("|")))):
+            assert implementation()["f32"](float(cell)) == implementation()[f"{letter}{number}"]
+            assert float(np.float32(cell)) == float(getattr(quantile, letter)[number])
+    wide = re.findall(r"^\| (?:1|v|v\^\d+) +\| (\S*) +\| (\S+) +\|$", FORMAT, re.MULTILINE)
+    for letter, column in zip("NQ", zip(*wide, strict=True), strict=True):
+        values = [float(cell) for cell in column if cell]
+        assert values == [*implementation()[f"{letter}64"], 1]
+        assert values == [*getattr(quantile, f"{letter}64"), 1]
+    outside = re.search(r"R0 = (\S+), +R1 = (\S+)", FORMAT)
+    assert tuple(map(float, outside.groups())) == implementation()["R64"] == quantile.R64
 
 
 def test_what_the_pages_say_of_the_code_is_so():

@@ -79,8 +79,8 @@ def test_every_cuda_device_is_checked(cupy_sim, capsys):
 
 
 def test_wrong_bytes_are_found_and_are_the_exit_status(monkeypatch, no_cuda, capsys):
-    broken = (*quantile.P[:-1], np.nextafter(quantile.P[-1], np.float32(1)))
-    monkeypatch.setattr("gpuinit.quantile.P", broken)
+    broken = (*quantile.R[:-1], np.nextafter(quantile.R[-1], np.float32(1)))
+    monkeypatch.setattr("gpuinit.quantile.R", broken)
     monkeypatch.setattr("gpuinit.backends.cpu.numba_problem", lambda: "not here")
     status, text = run(capsys)
     assert status == 1

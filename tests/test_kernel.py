@@ -43,6 +43,7 @@ def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(architectur
 RECIPROCAL = re.compile(
     r"rcp\.approx\.ftz\.f32 (?P<y>%f\d+), (?P<x>%f\d+);\s*//.*\s*"
     r"neg\.ftz\.f32 +\t(?P<minus>%f\d+), (?P=x);\s*"
+    r"(?:mov\.f32 +\t%f\d+, 0f3F800000;\s*)?"  # 1, where it is first used
     r"fma\.rn\.ftz\.f32 +\t(?P<error>%f\d+), (?P=minus), (?P=y), \S+;\s*"
     r"fma\.rn\.ftz\.f32 +\t%f\d+, (?P=y), (?P=error), (?P=y);"
 )
@@ -81,11 +82,11 @@ def run_on_host(library, n: int = 2**16) -> bytes:
 @pytest.mark.skipif(host_build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not host_build.FUSING, reason="only x86-64 hosts are told to fuse")
 def test_contraction_changes_the_bits_and_is_off_in_the_host_build():
-    """The control of the host layer: were contraction on, more than a third of the weights would differ."""
+    """The control of the host layer: were contraction on, more than a quarter of the weights would differ."""
     off = run_on_host(host_build.build(cuda.source()))
     on = run_on_host(host_build.build(cuda.source(), host_build.CONTRACTION_ON))
     different = np.frombuffer(off, np.uint32) != np.frombuffer(on, np.uint32)
-    assert different.mean() > 1 / 3
+    assert different.mean() > 1 / 4
 
 
 def test_the_launch_fits_the_kernels_bounds():
@@ -148,9 +149,9 @@ def entry(ptx: str, name: str) -> str:
 def test_weights_keep_subnormal_numbers_and_the_bound_in_ptx(architecture):
     ptx = compile_to_ptx(cuda.source(), cuda.compiler_options(architecture))
     for name in ("float32", "float16", "bfloat16"):
-        operations = re.findall(r"\bmul\.\S+", entry(ptx, f"fill_{name}"))
+        operations = re.findall(r"\b(?:mul|add)\.\S+", entry(ptx, f"fill_{name}"))
         assert operations.count("mul.rn.f32") >= 8  # four weights, normal or uniform
-        assert operations.count("mul.rn.ftz.sat.f32") >= 4
+        assert operations.count("add.rn.ftz.sat.f32") >= 4
 
 
 @needs_nvrtc

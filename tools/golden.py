@@ -15,7 +15,7 @@ from typing import Any
 
 import gpuinit
 
-FORMAT = 1
+FORMAT = 2
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
