@@ -326,7 +326,10 @@ def make_on(
     name: str | None,
     dtype: np.dtype,
 ) -> jax.Array:
-    """One part, made on one device, or on the default one, to which the array is not bound then."""
+    """One part, made on one device, or on the default one, to which the array is not bound then.
+
+    Or it is: JAX binds what comes by DLPack, as from a GPU.
+    """
     place = jnp.empty(()).device if device is None else device
     if place.platform == "gpu":
         made = fill(

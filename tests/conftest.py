@@ -198,7 +198,7 @@ class Cuda:
 
     def from_numpy(self, array: np.ndarray) -> Any:
         if isinstance(self.cupy, type(sys)) and hasattr(self.cupy, "array"):
-            return self.cupy.array(array)
+            return self.cupy.array(array, order="C")  # RawKernel heeds no strides
         return self.cupy.ndarray(array.copy())
 
     def probe(self, name: str, given: np.ndarray, result: Any) -> np.ndarray:

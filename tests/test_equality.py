@@ -98,6 +98,7 @@ def test_block_and_grid_do_not_matter(device, monkeypatch, threads, blocks):
     monkeypatch.setattr(cuda, "THREADS_PER_BLOCK", threads)
     monkeypatch.setattr(cuda, "resident_blocks", lambda device, dtype: blocks)
     monkeypatch.setattr(cpu, "BLOCKS_ALONE", threads // 31)
+    cuda.launch_shape.cache_clear()  # it remembers shapes of other numbers of threads
     for dtype in DTYPES:
         keywords = {"seed": 16, "dtype": dtype, "device": device.name}
         made = gpuinit.he_normal((37, 1003), **keywords)

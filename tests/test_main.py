@@ -95,7 +95,7 @@ def test_the_clock_stops_when_the_weights_are_made(monkeypatch, capsys):
         (["--seed", "-1"], "seed must be None or an integer in [0, 2**64), got -1"),
         (["--device", "gpu"], 'device must be None, "cpu", "cuda" or "cuda:N", got \'gpu\''),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--shape", "1152921504606846976"], "Unable to allocate"),
+        (["--shape", "1152921504606846976", "--device", "cpu"], "Unable to allocate"),
     ],
 )
 def test_bad_options_are_named(capsys, arguments, message):
