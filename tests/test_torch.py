@@ -264,7 +264,7 @@ def test_a_default_device_does_not_matter():
 
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, lambda tensor: tensor.T])
 def test_a_parameter_is_filled_and_autograd_notices(place, layout):
-    weight = torch.nn.Parameter(torch.ones(3, 3))
+    weight = torch.nn.Parameter(place(torch.ones(3, 3)).as_subclass(torch.Tensor))
     result = (weight * weight).sum()
     with torch.no_grad():
         view = layout(weight)
