@@ -77,9 +77,9 @@ LOW_WORD = 0xFFFFFFFF
 # its registers: measured with AVX-512, AVX2 and SSE.
 BLOCKS = 32 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 16
 
-INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+INT32, INT64 = ir.IntType(32), ir.IntType(64)
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
-WIDTHS = {INT16: 16, INT32: 32, INT64: 64, FLOAT: 32, DOUBLE: 64}
+WIDTHS = {INT32: 32, INT64: 64, FLOAT: 32, DOUBLE: 64}
 
 
 class Lanes:
@@ -101,7 +101,7 @@ class Lanes:
         """The second operand as LLVM knows it."""
         if isinstance(operand, Lanes):
             return operand.value
-        number = operand if self.element in (INT16, INT32, INT64) else float(operand)
+        number = float(operand) if self.element in (FLOAT, DOUBLE) else operand
         return ir.Constant(self.value.type, [ir.Constant(self.element, number)] * self.count)
 
     def float_or_integer(self, instruction: str, operand: Lanes | float) -> Lanes:
@@ -161,7 +161,7 @@ class Lanes:
     def low_halves(self) -> Lanes:
         """The low 32 bits of every 64."""
         halves = self.bits(INT32)
-        return halves.shuffle(halves, [2 * place for place in in_order(self.count)])
+        return halves.shuffle(halves, [2 * place for place in in_turns(self.count)])
 
     def shuffle(self, other: Lanes, places: Any) -> Lanes:
         """The lanes at these places of self and other, one after another."""
@@ -169,14 +169,14 @@ class Lanes:
         return self.emit("shuffle_vector", other.value, ir.Constant(ir.VectorType(INT32, len(mask)), mask))
 
 
-def in_order(count: int) -> list[int]:
-    """The places of even blocks, which come first, and of odd ones in turns."""
+def in_turns(count: int) -> list[int]:
+    """Places of the first half and of the second in turns: even blocks come first, then the odd ones."""
     return [place for lane in range(count // 2) for place in (lane, count // 2 + lane)]
 
 
 def interleave(a: Lanes, b: Lanes) -> Lanes:
     """a0, b0, a1, b1, ..."""
-    return a.shuffle(b, [place for lane in range(a.count) for place in (lane, a.count + lane)])
+    return a.shuffle(b, in_turns(2 * a.count))
 
 
 def in_every_lane(builder: ir.IRBuilder, number: ir.Value, count: int) -> Lanes:
@@ -251,7 +251,7 @@ def weights(block, stream, key, distribution, limit):
 def uniform64(low, high):
     """u in [-1, 1] from 64 bits, as for 32."""
     word = low & LOW_WORD | high << 32
-    return word.shuffle(word, in_order(word.count)).to(DOUBLE) * 2.0**-63
+    return word.shuffle(word, in_turns(word.count)).to(DOUBLE) * 2.0**-63
 
 
 def numerator64(v):

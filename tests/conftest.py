@@ -146,7 +146,7 @@ def numba_probe(name: str) -> Callable[..., np.ndarray]:
     def weight(word: Any) -> Any:
         return word.low_halves().bits(compiled.FLOAT)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def apply(typing: Any, rows: Any, results: Any, place: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             def pointers(tuple_type: Any, arrays: Any) -> list[Any]:

@@ -167,10 +167,14 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
                 tiles.close()
 
     with ThreadPoolExecutor(threads - 1) as pool:
-        workers = [pool.submit(draw_and_work) for _ in range(threads - 1)]
-        draw_and_work()
-        for worker in workers:
-            worker.result()
+        try:
+            workers = [pool.submit(draw_and_work) for _ in range(threads - 1)]
+            draw_and_work()
+            for worker in workers:
+                worker.result()
+        finally:  # nor after Ctrl-C
+            with lock:
+                tiles.close()
 
 
 def tiles(out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: int) -> Generator[Tile]:
