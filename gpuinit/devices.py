@@ -26,6 +26,7 @@ NO_DEVICE = 100
 # DLDeviceType (dlpack.h).
 DLPACK_CPU = (1, 3)  # host memory, pinned host memory
 DLPACK_CUDA = (2, 13)  # device memory, managed memory
+NOT_ADOPTED = (TypeError, ValueError, AttributeError, BufferError, RuntimeError)  # what libraries raise
 
 fallback_warned = False
 
@@ -144,9 +145,15 @@ def find_kernel_problem(cupy: Any) -> str | None:
     try:
         cuda.kernel("float32").compile()
     except Exception as error:
-        if "out of memory" in str(error).lower():  # it may pass, and must not be remembered
+        # These pass, and must not be remembered.
+        if "out of memory" in str(error).lower():
             raise MemoryError(
                 f"the CUDA device has no memory left for the kernel ({describe(error)})"
+            ) from error
+        if "captur" in str(error).lower():
+            raise RuntimeError(
+                f"the kernel cannot be loaded while a CUDA graph is captured ({describe(error)}). "
+                "Make an array on the device before the capture"
             ) from error
         return explain_kernel_error(error)
     return None
@@ -186,7 +193,6 @@ def cuda_device_count() -> int:
 
 def adopt(out: Any) -> tuple[Any, int | None, bool]:
     """out as a NumPy or CuPy array on the same memory, its device, and whether it may be written."""
-    problem = None
     try:
         if isinstance(out, np.ndarray):
             return host(np.asarray(out))  # the data of a subclass, whatever it masks
@@ -199,15 +205,22 @@ def adopt(out: Any) -> tuple[Any, int | None, bool]:
             on_cuda, number = hasattr(out, "__cuda_array_interface__"), None
         if not on_cuda:
             return host(np.asarray(memoryview(out)))
-        problem = cuda_problem()
-        if problem is None:
-            return adopt_cuda(out, number)
-    except (TypeError, ValueError, AttributeError, BufferError, RuntimeError) as error:
-        raise TypeError(
-            "out must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or the "
-            f"buffer protocol, got {type(out).__name__} ({describe(error)})"
-        ) from error
-    raise RuntimeError(f"out is on a CUDA device, but CUDA cannot be used: {problem}")
+    except NOT_ADOPTED as error:
+        raise not_an_array(out, error) from error
+    problem = cuda_problem()
+    if problem is not None:
+        raise RuntimeError(f"out is on a CUDA device, but CUDA cannot be used: {problem}")
+    try:
+        return adopt_cuda(out, number)
+    except NOT_ADOPTED as error:
+        raise not_an_array(out, error) from error
+
+
+def not_an_array(out: Any, error: Exception) -> TypeError:
+    return TypeError(
+        "out must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or the "
+        f"buffer protocol, got {type(out).__name__} ({describe(error)})"
+    )
 
 
 def host(array: np.ndarray) -> tuple[np.ndarray, None, bool]:

@@ -778,12 +778,13 @@ def test_a_shard_size_may_be_of_any_length():
     assert cli.parse_size("1.000000001 GB") == 10**9 + 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_fallback_is_told_in_one_line(manifest, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gpuinit.devices.find_cuda_problem", lambda _: "there is no CUDA device")
     line = "gpuinit: CUDA cannot be used, so the same weights are made on the CPU: there is no CUDA device"
     out = tmp_path / "m.safetensors"
     monkeypatch.setattr("gpuinit.devices.fallback_warned", False)
-    found = run(capsys, "checkpoint", manifest, "-o", out, "--device", "cuda")  # pytest makes it an error
+    found = run(capsys, "checkpoint", manifest, "-o", out, "--device", "cuda")
     assert (found.status, found.err) == (2, f"{line}. Nothing was left behind.\n")
     with warnings.catch_warnings():
         warnings.simplefilter("default")

@@ -347,14 +347,29 @@ def test_out_on_a_device_that_cannot_be_used_is_an_error(broken):
     assert (out.host == 1).all()
 
 
-def test_a_device_without_memory_is_an_error_that_is_not_remembered(cupy_sim, monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", MemoryError, "the CUDA device has no memory"),
+        (
+            "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: operation not permitted when stream is capturing",
+            RuntimeError,
+            r"^the kernel cannot be loaded while a CUDA graph is captured .* before the capture$",
+        ),
+    ],
+)
+def test_what_passes_is_an_error_that_is_not_remembered(cupy_sim, monkeypatch, cause, kind, message):
     def fail(self):
-        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+        raise RuntimeError(cause)
 
+    out = cupy_sim.ndarray(np.ones((5, 7), np.float32))
     with monkeypatch.context() as patch:
         patch.setattr(cupy_sim.RawKernel, "compile", fail)
-        with pytest.raises(MemoryError, match="the CUDA device has no memory"):
+        with pytest.raises(kind, match=message):
             gpuinit.he_normal((5, 7), seed=1)
+        with pytest.raises(kind, match=message):
+            gpuinit.he_normal((5, 7), seed=1, out=out)
+    assert (out.get() == 1).all()
     assert isinstance(gpuinit.he_normal((5, 7), seed=1), cupy_sim.ndarray)
 
 
