@@ -23,7 +23,9 @@ import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
+from ml_dtypes import bfloat16
 from numba import types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 if numba.config.DISABLE_JIT:
@@ -140,9 +142,12 @@ class Lanes:
         return self.emit("lshr", self.other(bits))
 
     def at_most(self, number: float) -> Lanes:
-        """self if self < number else number"""
-        smaller = self.builder.fcmp_ordered("<", self.value, self.other(number))
-        return Lanes(self.builder, self.builder.select(smaller, self.value, self.other(number)))
+        """The smaller one. Of a comparison LLVM would make a mask for what follows, which takes longer."""
+        name = f"llvm.minnum.v{self.count}f{WIDTHS[self.element]}"
+        minnum = get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.value.type, [self.value.type] * 2), name
+        )
+        return Lanes(self.builder, self.builder.call(minnum, [self.value, self.other(number)]))
 
     def below(self, number: int, then: Lanes, otherwise: Lanes) -> Lanes:
         """then if self < number else otherwise, for unsigned integers"""
@@ -159,9 +164,10 @@ class Lanes:
         return self.emit("bitcast", ir.VectorType(element, count))
 
     def low_halves(self) -> Lanes:
-        """The low 32 bits of every 64."""
+        """The low 32 bits of every 64, of the first half of the lanes and of the second in turns."""
         halves = self.bits(INT32)
-        return halves.shuffle(halves, [2 * place for place in in_turns(self.count)])
+        half = self.count // 2
+        return halves.shuffle(halves, [2 * place for i in range(half) for place in (i, half + i)])
 
     def shuffle(self, other: Lanes, places: Any) -> Lanes:
         """The lanes at these places of self and other, one after another."""
@@ -169,14 +175,14 @@ class Lanes:
         return self.emit("shuffle_vector", other.value, ir.Constant(ir.VectorType(INT32, len(mask)), mask))
 
 
-def in_turns(count: int) -> list[int]:
-    """Places of the first half and of the second in turns: even blocks come first, then the odd ones."""
-    return [place for lane in range(count // 2) for place in (lane, count // 2 + lane)]
+def interleave(a: Lanes, b: Lanes) -> tuple[Lanes, Lanes]:
+    """Within every 128 bits, lanes of a and of b in turns: of the low half of these, and of the high half.
 
-
-def interleave(a: Lanes, b: Lanes) -> Lanes:
-    """a0, b0, a1, b1, ..."""
-    return a.shuffle(b, in_turns(2 * a.count))
+    So it takes one instruction of any processor; across the 128 bits it would take more.
+    """
+    half = 64 // WIDTHS[a.element]
+    low = [place for i in range(a.count) if i % (2 * half) < half for place in (i, a.count + i)]
+    return a.shuffle(b, low), a.shuffle(b, [place + half for place in low])
 
 
 def in_every_lane(builder: ir.IRBuilder, number: ir.Value, count: int) -> Lanes:
@@ -250,8 +256,7 @@ def weights(block, stream, key, distribution, limit):
 
 def uniform64(low, high):
     """u in [-1, 1] from 64 bits, as for 32."""
-    word = low & LOW_WORD | high << 32
-    return word.shuffle(word, in_turns(word.count)).to(DOUBLE) * 2.0**-63
+    return (low & LOW_WORD | high << 32).to(DOUBLE) * 2.0**-63
 
 
 def numerator64(v):
@@ -316,9 +321,13 @@ def nearest_bfloat16(weight):
 
 
 def packet_float32(*request):
-    """The weights of BLOCKS blocks in order, as are those of the next three."""
+    """The weights of BLOCKS blocks in order, in parts, as are those of the next three."""
     w0, w1, w2, w3 = weights(*request)
-    return interleave(interleave(w0, w2), interleave(w1, w3))
+    low01, high01 = interleave(w0, w1)
+    low23, high23 = interleave(w2, w3)
+    low = interleave(low01.bits(INT64), low23.bits(INT64))
+    high = interleave(high01.bits(INT64), high23.bits(INT64))
+    return *low, *high
 
 
 def packet_float16(*request):
@@ -336,12 +345,23 @@ def packet_float64(*request):
 
 
 # For each dtype: what makes it, the type that is written (Numba has no 16-bit floats), and that of the limit.
-ENTRIES: dict[str, tuple[Callable[..., Lanes], type[np.generic], type[np.generic]]] = {
-    "float32": (packet_float32, np.float32, np.float32),
-    "float16": (packet_float16, np.int16, np.float32),
-    "bfloat16": (packet_bfloat16, np.uint16, np.float32),
-    "float64": (packet_float64, np.float64, np.float64),
+ENTRIES: dict[np.dtype, tuple[Callable[..., tuple[Lanes, ...]], type[np.generic], type[np.generic]]] = {
+    np.dtype(np.float32): (packet_float32, np.float32, np.float32),
+    np.dtype(np.float16): (packet_float16, np.int16, np.float32),
+    np.dtype(bfloat16): (packet_bfloat16, np.uint16, np.float32),
+    np.dtype(np.float64): (packet_float64, np.float64, np.float64),
 }
+
+
+def blocks_of_lanes(bits: int) -> list[int]:
+    """The block of every lane: those with which a packet of weights of so many bits comes out in order."""
+    in_second_half, next_pair = (1, 2) if bits == 16 else (BLOCKS // 4, 1)
+    return [
+        in_second_half * half + next_pair * pair + BLOCKS // 2 * lane
+        for half in range(2)
+        for pair in range(BLOCKS // 4)
+        for lane in range(2)
+    ]
 
 
 def numba_type(scalar: type[np.generic]) -> types.Type:
@@ -367,13 +387,14 @@ def store_packet(typing, out, place, low, high, stream, key, limit, distribution
             return low, low >> 32
 
         low, high = in_every_block(low), in_every_block(high)
-        numbers = [ir.Constant(INT64, number) for number in (*range(0, BLOCKS, 2), *range(1, BLOCKS, 2))]
+        numbers = [ir.Constant(INT64, number) for number in blocks_of_lanes(out.dtype.bitwidth)]
         low += Lanes(builder, ir.Constant(low.value.type, numbers))
         request = (low, high), words(stream), words(key), distribution.literal_value, in_every_block(limit)
-        made = packet(*request)
-        data = context.make_array(out)(context, builder, array).data
-        pointer = builder.bitcast(builder.gep(data, [place]), made.value.type.as_pointer())
-        builder.store(made.value, pointer, align=out.dtype.bitwidth // 8)
+        data = builder.gep(context.make_array(out)(context, builder, array).data, [place])
+        for number, part in enumerate(packet(*request)):
+            parts = builder.bitcast(data, part.value.type.as_pointer())
+            place = builder.gep(parts, [ir.Constant(INT32, number)])
+            builder.store(part.value, place, align=out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(out, place, low, high, stream, key, limit, distribution), generate
@@ -416,7 +437,7 @@ def fill(out, first, row_stride, key, stream, distribution, limit):
 
 
 @cache
-def kernel(dtype: str) -> Callable[..., None]:
+def kernel(dtype: np.dtype) -> Callable[..., None]:
     """The compiled function for a dtype: from Numba's cache on disk, else compiled now, which takes a second.
 
     Called as kernel(out, first, row_stride, key, stream, distribution, limit), see `fill`.
@@ -427,7 +448,7 @@ def kernel(dtype: str) -> Callable[..., None]:
         return compile_kernel(dtype, cache=False)
 
 
-def compile_kernel(dtype: str, cache: bool) -> Callable[..., None]:
+def compile_kernel(dtype: np.dtype, cache: bool) -> Callable[..., None]:
     _, written, limit = ENTRIES[dtype]
     u64 = types.uint64
     signature = types.void(numba_type(written)[:, ::1], u64, u64, u64, u64, types.uint32, numba_type(limit))

@@ -174,7 +174,7 @@ def numba_probe(name: str) -> Callable[..., np.ndarray]:
         count = words.shape[1]
         padded = np.zeros((len(words), -(-count // compiled.BLOCKS) * compiled.BLOCKS), np.uint64)
         padded[:, :count] = words
-        if name != "philox4x32":  # the others want blocks as they are there: the even ones first
+        if name not in ("philox4x32", "truncated_normal64"):  # what low_halves will put in turns
             groups = padded.reshape(len(words), -1, compiled.BLOCKS // 2, 2)
             padded = groups.swapaxes(2, 3).reshape(padded.shape)
         made = np.zeros((results, padded.shape[1]), result_type)

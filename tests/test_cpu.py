@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import itertools
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -144,6 +151,119 @@ def test_an_error_in_one_thread_stops_the_others_and_is_raised(monkeypatch, fail
     with pytest.raises(MemoryError, match="no room"):
         gpuinit.he_normal((2048, 2048), device="cpu")
     assert len(tiles) < 100  # of 1024
+
+
+def test_no_thread_writes_once_an_error_is_raised(monkeypatch):
+    caller = threading.get_ident()
+    helper_began, helper_ended = threading.Event(), threading.Event()
+
+    def fail(*arguments):
+        if threading.get_ident() == caller:
+            assert helper_began.wait(60)
+            raise KeyboardInterrupt
+        helper_began.set()
+        time.sleep(0.2)
+        helper_ended.set()
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu, "fill_tile", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gpuinit.he_normal((2048, 2048), device="cpu")
+    assert helper_ended.is_set()
+
+
+def helpers_of(work: Callable[[], object]) -> set[threading.Thread]:
+    """The threads that helped in work, which must not take less than two."""
+    running: set[threading.Thread] = set()
+    both = threading.Event()
+    fill_tile = cpu.fill_tile
+
+    def spy(*arguments):
+        running.add(threading.current_thread())
+        if len(running) > 1:
+            both.set()
+        both.wait(60)
+        fill_tile(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "fill_tile", spy)
+        work()
+    return running - {threading.current_thread()}
+
+
+def make_large_array():
+    return gpuinit.he_normal((1024, 1024), seed=1, device="cpu")
+
+
+def test_threads_are_kept_until_their_number_changes(monkeypatch):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    helping = helpers_of(make_large_array)
+    assert len(helping) == 1
+    for _ in range(3):
+        assert helpers_of(make_large_array) == helping
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
+    assert not helpers_of(make_large_array) & helping
+    gc.collect()  # the traceback of another test's error may hold them
+    for thread in helping:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def count_helpers(sender):
+    sender.send(len(helpers_of(make_large_array)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    helpers_of(make_large_array)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
+        child = context.Process(target=count_helpers, args=(sender,))
+        child.start()
+    assert receiver.poll(120)
+    assert receiver.recv() == 1
+    child.join()
+    assert child.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system knows no affinity")
+def test_threads_keep_to_the_cores_that_the_process_may_use_now(monkeypatch):
+    cores = os.sched_getaffinity(0)
+    seen = set()
+    fill_tile = cpu.fill_tile
+
+    def spy(*arguments):
+        seen.add(frozenset(os.sched_getaffinity(0)))
+        fill_tile(*arguments)
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    helpers_of(make_large_array)
+    monkeypatch.setattr(cpu, "fill_tile", spy)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        helpers_of(make_large_array)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert seen == {frozenset({min(cores)})}
+
+
+AT_EXIT = """
+import atexit, hashlib, gpuinit
+def make():
+    return hashlib.sha256(gpuinit.he_normal((1024, 1024), seed=1, device="cpu")).hexdigest()
+atexit.register(lambda: print(make()))
+"""
+
+
+@pytest.mark.parametrize("earlier", ["", "make()"])
+def test_arrays_can_still_be_made_while_python_ends(earlier):
+    command = [sys.executable, "-c", AT_EXIT + earlier]
+    environment = os.environ | {"GPUINIT_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == hashlib.sha256(make_large_array()).hexdigest(), done.stderr
 
 
 def test_numpy_error_settings_of_the_caller_do_not_matter():

@@ -116,7 +116,7 @@ def test_rounding_to_16_bits_is_numpys_for_every_kind_of_number():
 def test_every_width_writes_the_same_bytes(monkeypatch, dtype, blocks):
     """The number of blocks side by side is the processor's matter alone."""
     monkeypatch.setattr(compiled, "BLOCKS", blocks)
-    kernel = compiled.compile_kernel(dtype, cache=False)
+    kernel = compiled.compile_kernel(DTYPES[dtype], cache=False)
     monkeypatch.setattr(compiled, "kernel", lambda dtype: kernel)
     for distribution in (quantile.UNIFORM, quantile.TRUNCATED_NORMAL):
         for run in (Run(2**34 - 1501, 3001, 3, 2**33 + 1), Run(5, 1, 9, 13), Run(2**40, 4096, 1, 0)):
@@ -175,7 +175,7 @@ def code_of(function):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_float_operation_is_fused_or_relaxed(dtype):
-    assembly, intermediate = code_of(compiled.compile_kernel(dtype, cache=False))
+    assembly, intermediate = code_of(compiled.compile_kernel(DTYPES[dtype], cache=False))
     assert "mul" in assembly
     assert "fmul" in intermediate
     assert FUSED.findall(assembly) == []
@@ -196,7 +196,7 @@ def test_a_fused_operation_would_be_seen():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_written_side_by_side(dtype):
     """Not element by element to computed addresses, which took as long as making them. AVX-512 shows it."""
-    assembly, _ = code_of(compiled.compile_kernel(dtype, cache=False))
+    assembly, _ = code_of(compiled.compile_kernel(DTYPES[dtype], cache=False))
     assert "scatter" not in assembly
 
 
@@ -348,7 +348,7 @@ HITS = (
     DIGEST
     + """
 from gpuinit import compiled
-print(sum(compiled.kernel("float32").stats.cache_hits.values()))
+print(sum(compiled.kernel(w.dtype).stats.cache_hits.values()))
 """
 )
 

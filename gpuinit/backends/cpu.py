@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gpuinit import quantile
 from gpuinit.quantile import Array
 from gpuinit.stream import Run
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 # Measured by benchmarks/cpu_blocks.py. One thread alone is fastest while its scratch stays in the L2 cache.
 # Several threads wait for the interpreter lock between passes, so theirs must be long.
@@ -28,9 +31,11 @@ MOST_THREADS = SCRATCH_BYTES // (BYTES_PER_BLOCK * BLOCKS_ALONE)  # 9; with less
 ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
 # The same for Numba's engine, which needs no scratch and lets go of the interpreter lock for a whole tile. A
-# tile of new memory is no smaller than a huge page of 2 MiB: threads that meet in one all clear it.
+# tile of new memory is no smaller than a huge page of 2 MiB: threads that meet in one all clear it. Towards
+# the end tiles are smaller, so that the threads end together.
 COMPILED_ELEMENTS_AT_ONCE = 2**20
-COMPILED_ELEMENTS_PER_THREAD = 2**20
+COMPILED_LEAST_AT_ONCE = 2**18
+COMPILED_ELEMENTS_PER_THREAD = 2**19
 
 # Loading Numba takes as long as the NumPy engine takes for so many elements. It is loaded once a process has
 # made as many, so that no process spends more than twice the time it had to; and never for a small array.
@@ -38,7 +43,7 @@ ELEMENTS_TO_REPAY = 2**26
 SMALL = 2**18
 
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
-compiled_dtypes: set[str] = set()  # those whose compiled function is loaded
+compiled_dtypes: set[np.dtype] = set()  # those whose compiled function is loaded
 
 
 class Tile(NamedTuple):
@@ -70,7 +75,7 @@ def engine(size: int, dtype: np.dtype) -> str:
     setting = os.environ.get("GPUINIT_CPU_ENGINE")
     if setting not in (None, "numpy", "numba"):
         raise ValueError(f"GPUINIT_CPU_ENGINE must be numpy or numba, got {setting!r}")
-    if setting is None and dtype.name not in compiled_dtypes:
+    if setting is None and dtype not in compiled_dtypes:
         pays = size >= SMALL and elements_made + size >= ELEMENTS_TO_REPAY
         setting = "numba" if pays and numba_problem() is None else "numpy"
     if setting == "numpy":
@@ -80,8 +85,8 @@ def engine(size: int, dtype: np.dtype) -> str:
         raise ImportError(f"GPUINIT_CPU_ENGINE is numba, but {problem}")
     from gpuinit import compiled
 
-    compiled.kernel(dtype.name)
-    compiled_dtypes.add(dtype.name)
+    compiled.kernel(dtype)
+    compiled_dtypes.add(dtype)
     return "numba"
 
 
@@ -120,7 +125,7 @@ def fill_with_numpy(
             for tile in mine:
                 fill_tile(tile, sample_type, keys, stream, distribution, limit, memory)
 
-    share(tiles(out, runs, lanes, blocks_at_once), threads, work)
+    share(tiles(out, runs, lanes, lambda left: blocks_at_once), threads, work)
     elements_made += out.size
 
 
@@ -129,8 +134,8 @@ def fill_with_numba(
 ) -> None:
     from gpuinit import compiled
 
-    compiled_fill = compiled.kernel(out.dtype.name)
-    _, written, limit_type = compiled.ENTRIES[out.dtype.name]
+    compiled_fill = compiled.kernel(out.dtype)
+    _, written, limit_type = compiled.ENTRIES[out.dtype]
     shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
     threads = max(1, min(thread_limit(), out.size // COMPILED_ELEMENTS_PER_THREAD))
 
@@ -138,8 +143,11 @@ def fill_with_numba(
         for tile in mine:
             compiled_fill(tile.out, np.uint64(tile.first), np.uint64(tile.row_stride), *shared)
 
+    def at_once(left: int) -> int:
+        return min(COMPILED_ELEMENTS_AT_ONCE, max(COMPILED_LEAST_AT_ONCE, left // (2 * threads)))
+
     # The compiled rows need not start at the same place of a block: one lane is all there is to keep in step.
-    share(tiles(out.view(written), runs, 1, COMPILED_ELEMENTS_AT_ONCE), threads, work)
+    share(tiles(out.view(written), runs, 1, at_once), threads, work)
 
 
 def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]], None]) -> None:
@@ -147,7 +155,7 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
     if threads == 1:
         work(tiles)
         return
-    from concurrent.futures import ThreadPoolExecutor  # here, as it is slow to import
+    from concurrent.futures import Future, wait  # here, as they are slow to import
 
     lock = threading.Lock()
 
@@ -166,20 +174,45 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
             with lock:
                 tiles.close()
 
-    with ThreadPoolExecutor(threads - 1) as pool:
+    helping: list[Future[None]] = []
+    try:
         try:
-            workers = [pool.submit(draw_and_work) for _ in range(threads - 1)]
-            draw_and_work()
-            for worker in workers:
-                worker.result()
-        finally:  # nor after Ctrl-C
-            with lock:
-                tiles.close()
+            pool = helpers(thread_limit() - 1, usable_cores(), os.getpid())
+            for _ in range(threads - 1):
+                helping.append(pool.submit(draw_and_work))
+        except RuntimeError:  # Python ends, or the system has no thread left: this one will do
+            pass
+        draw_and_work()
+    finally:
+        with lock:  # nor after Ctrl-C
+            tiles.close()
+        helping = [helper for helper in helping if not helper.cancel()]  # those that began
+        wait(helping)
+    for helper in helping:
+        helper.result()
 
 
-def tiles(out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: int) -> Generator[Tile]:
-    """Cut the runs into tiles of at most `blocks_at_once` blocks."""
-    position = 0
+@lru_cache(maxsize=1)
+def helpers(threads: int, cores: frozenset[int], process: int) -> Executor:
+    """Threads that wait for work. With new ones for every array it took a tenth longer.
+
+    A forked child has none of its parent's, and a thread keeps to the cores that its maker could use. Those
+    that this forgets end by themselves.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(threads, "gpuinit")
+
+
+def tiles(
+    out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: Callable[[int], int]
+) -> Generator[Tile]:
+    """Cut the runs into tiles of at most so many blocks as `blocks_at_once` says, given the elements left."""
+    position, left = 0, out.size
+
+    def blocks_now() -> int:
+        return blocks_at_once(left)
+
     for run in runs:
         rows = out[position : position + run.rows * run.length].reshape(run.rows, run.length)
         position += rows.size
@@ -187,24 +220,29 @@ def tiles(out: Array, runs: Iterable[Run], lanes: int, blocks_at_once: int) -> G
         turns = 1 if run.row_stride % lanes == 0 else lanes
         for turn in range(min(turns, run.rows)):
             first = run.offset + turn * run.row_stride
-            yield from cut(Tile(rows[turn::turns], first, run.row_stride * turns), lanes, blocks_at_once)
+            for tile in cut(Tile(rows[turn::turns], first, run.row_stride * turns), lanes, blocks_now):
+                left -= tile.out.size
+                yield tile
 
 
-def cut(tile: Tile, lanes: int, blocks_at_once: int) -> Generator[Tile]:
+def cut(tile: Tile, lanes: int, blocks_now: Callable[[], int]) -> Generator[Tile]:
+    """Whole rows where they are small enough, else one row in pieces."""
     rows, columns = tile.out.shape
     blocks_in_row = blocks_across(tile, lanes)
-    if blocks_in_row <= blocks_at_once:
-        height = blocks_at_once // blocks_in_row
-        for row in range(0, rows, height):
-            yield tile._replace(out=tile.out[row : row + height], first=tile.first + row * tile.row_stride)
-        return
-    for row in range(rows):
+    row = 0
+    while row < rows:
         first = tile.first + row * tile.row_stride
+        height = blocks_now() // blocks_in_row
+        if height:
+            yield tile._replace(out=tile.out[row : row + height], first=first)
+            row += height
+            continue
         column = 0
         while column < columns:
-            end = min(column + blocks_at_once * lanes - (first + column) % lanes, columns)
+            end = min(column + blocks_now() * lanes - (first + column) % lanes, columns)
             yield Tile(tile.out[row : row + 1, column:end], first + column, 0)
             column = end
+        row += 1
 
 
 def blocks_across(tile: Tile, lanes: int) -> int:
@@ -238,9 +276,13 @@ def thread_limit() -> int:
     """GPUINIT_NUM_THREADS, else the number of cores that the process may use."""
     setting = os.environ.get("GPUINIT_NUM_THREADS")
     if setting is None:
-        if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return len(usable_cores())
     if not setting.isdecimal() or int(setting) < 1:
         raise ValueError(f"GPUINIT_NUM_THREADS must be an integer >= 1, got {setting!r}")
     return int(setting)
+
+
+def usable_cores() -> frozenset[int]:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
