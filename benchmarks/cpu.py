@@ -2,9 +2,10 @@
 
 Every peer that is installed runs in a process of its own, all on the same cores, one at a time and in turns:
 round by round each makes the array, into memory of its own choice, and the medians are compared. An array
-that takes less than 0.2 s is made several times in a row, and the mean is taken. A peer that would take
+that takes less than 0.2 s is made several times in a row, and their median is taken. A peer that would take
 longer than --budget seconds runs fewer rounds; the table says so. Before the rounds each peer makes the array
-twice, unmeasured, so that it has compiled.
+twice, unmeasured, so that it has compiled; and at the start of every round for 0.2 s, so that the cores are
+awake, unless one array takes a second.
 
 Peak memory is what the process holds at most during a call beyond what it held before and beyond the array
 itself. It is measured in another process, where malloc returns what is freed, and on Linux only.
@@ -39,9 +40,9 @@ RESULTS = CHECKOUT / "benchmarks" / "results"
 SHAPES = ((64, 64), (1024, 1024), (4096, 4096), (16384, 4096))
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TRUNCATED_STD = 0.87962566103423976
-# An array that takes less is made more than once: after a pause the first 40 ms are slow for every peer, as
-# cores wake up and Linux starts new threads on the one that is awake.
-SECONDS_A_ROUND = 0.2
+SECONDS_A_ROUND = 0.2  # an array that takes less is made more than once
+SECONDS_TO_WAKE = 0.2  # for so long after a pause arrays were seen to take up to twice their time
+LONG = 1.0  # seconds, beside which that is nothing
 PAUSE = 0.02  # for the threads of the peer before to go to sleep
 QUIET = 0.1  # of the cores, busy with others' work: more is reported
 
@@ -207,12 +208,19 @@ def serve(connection: Any, name: str) -> None:
         connection.send(questions[verb](make, *arguments, std_of=std_of))
 
 
-def seconds(make: Make, shape: tuple[int, ...], dtype: str, seed: int, calls: int, std_of: Any) -> float:
-    """The seconds that an array takes, as the mean of some calls."""
+def seconds(
+    make: Make, shape: tuple[int, ...], dtype: str, seed: int, calls: int, to_wake: float, std_of: Any
+) -> float:
+    """The seconds that an array takes, as the median of some calls."""
     start = time.perf_counter()
+    while time.perf_counter() - start < to_wake:
+        make(shape, dtype, seed)
+    times = []
     for call in range(calls):
+        start = time.perf_counter()
         make(shape, dtype, seed + call)
-    return (time.perf_counter() - start) / calls
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def inspect(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict[str, Any]:
@@ -297,21 +305,23 @@ def measure(
     for shape in shapes:
         for dtype in dtypes:
             progress.set_description(f"{shape[0]}x{shape[1]} {dtype}")
-            calls, runs = {}, {}
+            calls, runs, to_wake = {}, {}, {}
             times: dict[str, list[float]] = {name: [] for name in workers}
             for name, worker in workers.items():
-                once = worker.ask("seconds", shape, dtype, 0, 1)
+                once = worker.ask("seconds", shape, dtype, 0, 1, 0)
                 if once < budget:  # more than that is not compiling
-                    once = worker.ask("seconds", shape, dtype, 1, 1)
+                    once = worker.ask("seconds", shape, dtype, 1, 1, 0)
                 calls[name] = max(1, math.ceil(SECONDS_A_ROUND / once))
                 runs[name] = max(1, min(rounds, int(budget / once)))
+                to_wake[name] = SECONDS_TO_WAKE if once < LONG else 0
                 progress.update()
             busy = busy_share()
             for turn in range(rounds):
                 for name, worker in workers.items():
                     if turn < runs[name]:
                         time.sleep(PAUSE)
-                        times[name].append(worker.ask("seconds", shape, dtype, turn, calls[name]))
+                        question = ("seconds", shape, dtype, turn, calls[name], to_wake[name])
+                        times[name].append(worker.ask(*question))
                     progress.update()
             for name in workers:
                 row: dict[str, Any] = {"peer": name, "shape": shape, "dtype": dtype}
