@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import gpu
@@ -52,6 +53,14 @@ def test_a_measurement_is_the_median_of_a_call():
     assert calls == list(range(len(calls)))  # through all arrays in turns
     assert made["milliseconds"] == 2 / count
     assert made["gigabytes_per_second"] == pytest.approx(1e6 / (0.2 * 1e-3) / 1e9)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
+def test_what_holds_the_device_back_compiles():
+    image, ptx, log = gpu.cuda.compile_offline(gpu.HOLD, ("-arch=sm_80",))
+    assert image
+    assert ptx.count("%globaltimer") == 2
+    assert log == ""
 
 
 def test_arrays_overflow_the_cache():
