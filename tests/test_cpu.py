@@ -86,18 +86,18 @@ def test_the_number_of_threads_is_obeyed(monkeypatch):
 
     def spy(*arguments):
         running.add(threading.get_ident())
-        if expected > 1 and len(running) == 1:
-            second.wait(60)  # this thread must not do all the work before another starts
-        second.set()
+        if len(running) == expected:
+            all_there.set()
+        all_there.wait(60)  # the others must not do all the work before the last one starts
         return fill_tile(*arguments)
 
     monkeypatch.setattr(cpu, "fill_tile", spy)
     for expected in (1, 3):
         running.clear()
-        second = threading.Event()
+        all_there = threading.Event()
         monkeypatch.setenv("GPUINIT_NUM_THREADS", str(expected))
         gpuinit.he_normal((2048, 2048), seed=1, device="cpu")
-        assert min(2, expected) <= len(running) <= expected
+        assert len(running) == expected
         assert threading.get_ident() in running
     running.clear()
     gpuinit.he_normal((64, 64), device="cpu")  # too small to repay a thread
