@@ -61,7 +61,10 @@ HELD_BACK = 20_000_000  # nanoseconds, in which the host has to queue them
 PACKAGES = ("gpuinit", "numpy", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "keras", "matplotlib")
 
 Measurement = dict[str, Any]  # library, call, dtype, shape, milliseconds, gigabytes_per_second
-Call = Callable[[], object]
+Run = Callable[[], object]
+Elapsed = Callable[[Run], float]  # runs it, and gives its milliseconds
+# What is called, the call, how it is timed, shape, dtype.
+Case = tuple[str, Callable[[int], object], Elapsed, tuple[int, ...], str]
 
 
 def main() -> None:
@@ -72,8 +75,6 @@ def main() -> None:
     if problem is not None:
         sys.exit(f"CUDA cannot be used: {problem}")
     check_golden("cuda")
-    import cupy
-
     report: dict[str, Any] = {
         **about(),
         "first_call": first_call(),
@@ -83,17 +84,28 @@ def main() -> None:
         "missing": {},
     }
     wake()
-    for name, library in LIBRARIES.items():
-        try:
-            for measurement in library():
-                report["measurements"].append({"library": name, **measurement})
-                print(row(report["measurements"][-1]), flush=True)
-            cupy.get_default_memory_pool().free_all_blocks()
-        except Exception as error:  # a peer that is missing or broken costs its own rows alone
-            if name in ("device", "gpuinit"):
-                raise
-            report["missing"][name] = devices.describe(error)
+    for name in LIBRARIES:
+        measure(name, report)
     write(report, options.results)
+
+
+def measure(name: str, report: dict[str, Any]) -> None:
+    """Add the rows of a library to the report. A failure costs a peer that row, and ours everything."""
+    try:
+        for call, run, elapsed, shape, dtype in LIBRARIES[name]():
+            try:
+                measurement = timed(run, elapsed, shape, dtype)
+            except Exception as error:
+                if name in OURS:
+                    raise
+                report["missing"][f"{name} {call} {shape} {dtype}"] = devices.describe(error)
+                continue
+            report["measurements"].append({"library": name, "call": call, **measurement})
+            print(row(report["measurements"][-1]), flush=True)
+    except Exception as error:  # the peer is not there
+        if name in OURS:
+            raise
+        report["missing"][name] = devices.describe(error)
 
 
 def check_golden(device: str) -> None:
@@ -188,7 +200,7 @@ def host_microseconds() -> dict[str, float]:
     def bare() -> None:
         kernel((4, 1), (256, 1), (cupy.empty((64, 64), np.float32), *scalars))
 
-    calls: dict[str, Call] = {
+    calls: dict[str, Run] = {
         "he_normal": lambda: gpuinit.he_normal((64, 64), device="cuda", seed=1),
         "empty and bare launch": bare,
     }
@@ -222,10 +234,8 @@ def wake() -> None:
         gpuinit.he_normal(LARGEST, seed=1, out=out).device.synchronize()
 
 
-def timed(
-    call: Callable[[int], object], elapsed: Callable[[Call], float], shape: Any, dtype: str
-) -> Measurement:
-    """The measurement of call(0), call(1), ...: elapsed(f) runs f and gives its milliseconds."""
+def timed(call: Callable[[int], object], elapsed: Elapsed, shape: Any, dtype: str) -> Measurement:
+    """The measurement of call(0), call(1), ..."""
     number = itertools.count()
     elapsed(lambda: call(next(number)))  # compiles, and whatever else is paid once
     alone = elapsed(lambda: call(next(number)))
@@ -249,6 +259,7 @@ def arrays_needed(array_bytes: int, l2_bytes: int) -> int:
 def cupy_arrays(shape: tuple[int, ...], dtype: str) -> list[Any]:
     import cupy
 
+    cupy.get_default_memory_pool().free_all_blocks()  # those of another shape
     l2 = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
     count = arrays_needed(math.prod(shape) * DTYPES[dtype].itemsize, l2)
     return [cupy.empty(shape, DTYPES[dtype]) for _ in range(count)]
@@ -273,7 +284,7 @@ def hold_back() -> None:
     cupy.RawKernel(HOLD, "hold")((1,), (1,), (np.uint64(HELD_BACK),))
 
 
-def cupy_elapsed(run: Call) -> float:
+def cupy_elapsed(run: Run) -> float:
     import cupy
 
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -285,7 +296,7 @@ def cupy_elapsed(run: Call) -> float:
     return float(cupy.cuda.get_elapsed_time(start, end))
 
 
-def measure_device() -> Iterator[Measurement]:
+def measure_device() -> Iterator[Case]:
     """The ceiling: the same bytes written by CuPy's fill and by a memset."""
     for shape in (*SHAPES, SHARD_SHAPE):
         for dtype in ("bfloat16", "float32", "float64"):
@@ -298,11 +309,11 @@ def measure_device() -> Iterator[Measurement]:
             def fill(i: int, outs: list[Any] = outs, n: int = n) -> None:
                 outs[i % n].fill(1)  # of 0 CuPy makes a memset
 
-            yield {"call": "memset", **timed(memset, cupy_elapsed, shape, dtype)}
-            yield {"call": "fill", **timed(fill, cupy_elapsed, shape, dtype)}
+            yield "memset", memset, cupy_elapsed, shape, dtype
+            yield "fill", fill, cupy_elapsed, shape, dtype
 
 
-def measure_gpuinit() -> Iterator[Measurement]:
+def measure_gpuinit() -> Iterator[Case]:
     for shape in SHAPES:
         for dtype in DTYPES:
             outs = cupy_arrays(shape, dtype)
@@ -310,7 +321,7 @@ def measure_gpuinit() -> Iterator[Measurement]:
             def he_normal(i: int, shape: Any = shape, outs: list[Any] = outs) -> None:
                 gpuinit.he_normal(shape, seed=1, out=outs[i % len(outs)])
 
-            yield {"call": "he_normal", **timed(he_normal, cupy_elapsed, shape, dtype)}
+            yield "he_normal", he_normal, cupy_elapsed, shape, dtype
     whole, index = SHARD
     for dtype in DTYPES:
         outs = cupy_arrays(SHARD_SHAPE, dtype)
@@ -318,7 +329,7 @@ def measure_gpuinit() -> Iterator[Measurement]:
         def shard(i: int, outs: list[Any] = outs) -> None:
             gpuinit.he_normal(whole, seed=1, index=index, out=outs[i % len(outs)])
 
-        yield {"call": "he_normal, column shard", **timed(shard, cupy_elapsed, SHARD_SHAPE, dtype)}
+        yield "he_normal, column shard", shard, cupy_elapsed, SHARD_SHAPE, dtype
     # How the size of the grid matters, for whoever tunes it.
     import cupy
 
@@ -332,15 +343,12 @@ def measure_gpuinit() -> Iterator[Measurement]:
                 def grid(i: int, outs: list[Any] = outs) -> None:
                     gpuinit.he_normal(LARGEST, seed=1, out=outs[i % len(outs)])
 
-                yield {
-                    "call": f"he_normal, {blocks} blocks an SM",
-                    **timed(grid, cupy_elapsed, LARGEST, dtype),
-                }
+                yield f"he_normal, {blocks} blocks an SM", grid, cupy_elapsed, LARGEST, dtype
     finally:
         cuda.resident_blocks = usual
 
 
-def measure_torch() -> Iterator[Measurement]:
+def measure_torch() -> Iterator[Case]:
     import cupy
     import torch
 
@@ -348,7 +356,7 @@ def measure_torch() -> Iterator[Measurement]:
         raise RuntimeError("this PyTorch has no CUDA")
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
 
-    def elapsed(run: Call) -> float:
+    def elapsed(run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with stream:
             hold_back()
@@ -371,13 +379,13 @@ def measure_torch() -> Iterator[Measurement]:
             def truncated(i: int, outs: list[Any] = outs, std: float = std) -> None:
                 torch.nn.init.trunc_normal_(outs[i % len(outs)], std=std, a=-2 * std, b=2 * std)
 
-            yield {"call": "kaiming_normal_", **timed(kaiming, elapsed, shape, dtype)}
-            yield {"call": "trunc_normal_", **timed(truncated, elapsed, shape, dtype)}
+            yield "kaiming_normal_", kaiming, elapsed, shape, dtype
+            yield "trunc_normal_", truncated, elapsed, shape, dtype
             del outs
             torch.cuda.empty_cache()
 
 
-def measure_jax() -> Iterator[Measurement]:
+def measure_jax() -> Iterator[Case]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -386,7 +394,7 @@ def measure_jax() -> Iterator[Measurement]:
     key = jax.random.key(1)
     last: list[Any] = [None]
 
-    def elapsed(run: Call) -> float:
+    def elapsed(run: Run) -> float:
         start = time.perf_counter()
         run()
         last[0].block_until_ready()  # one stream: all before it are ready too
@@ -399,10 +407,10 @@ def measure_jax() -> Iterator[Measurement]:
             def he_normal(i: int, make: Any = make, shape: Any = shape, dtype: str = dtype) -> None:
                 last[0] = make(key, shape, dtype)
 
-            yield {"call": "he_normal, jitted", **timed(he_normal, elapsed, shape, dtype)}
+            yield "he_normal, jitted", he_normal, elapsed, shape, dtype
 
 
-def measure_cupy() -> Iterator[Measurement]:
+def measure_cupy() -> Iterator[Case]:
     import cupy
 
     random = cupy.random.default_rng(1)
@@ -412,10 +420,10 @@ def measure_cupy() -> Iterator[Measurement]:
         def normal(i: int, outs: list[Any] = outs) -> None:
             random.standard_normal(dtype=cupy.float32, out=outs[i % len(outs)])
 
-        yield {"call": "standard_normal", **timed(normal, cupy_elapsed, shape, "float32")}
+        yield "standard_normal", normal, cupy_elapsed, shape, "float32"
 
 
-def measure_keras() -> Iterator[Measurement]:
+def measure_keras() -> Iterator[Case]:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
 
@@ -423,7 +431,7 @@ def measure_keras() -> Iterator[Measurement]:
     initializer = keras.initializers.HeNormal(seed=1)
     last: list[Any] = [None]
 
-    def elapsed(run: Call) -> float:
+    def elapsed(run: Run) -> float:
         start = time.perf_counter()
         run()
         keras.ops.convert_to_numpy(last[0][:1, :1])  # one element, when all before it is ready
@@ -435,10 +443,11 @@ def measure_keras() -> Iterator[Measurement]:
             def he_normal(i: int, shape: Any = shape, dtype: str = dtype) -> None:
                 last[0] = initializer(shape, dtype=dtype)
 
-            yield {"call": f"HeNormal on {backend}", **timed(he_normal, elapsed, shape, dtype)}
+            yield f"HeNormal on {backend}", he_normal, elapsed, shape, dtype
 
 
-LIBRARIES: dict[str, Callable[[], Iterator[Measurement]]] = {
+OURS = ("device", "gpuinit")  # without which there is nothing to compare
+LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
     "device": measure_device,
     "gpuinit": measure_gpuinit,
     "torch": measure_torch,

@@ -99,6 +99,31 @@ def test_the_chart_has_the_largest_shape_the_fastest_first(report):
     ]
 
 
+def test_a_failure_costs_a_peer_its_row_and_ours_everything(monkeypatch):
+    def fail(i):
+        raise MemoryError("no room")
+
+    def cases():
+        for call, run in (("one", lambda i: None), ("two", fail), ("three", lambda i: None)):
+            yield call, run, lambda run: (run(), 1.0)[1], (4, 4), "float32"
+        raise RuntimeError("no more")
+
+    for name in ("torch", "gpuinit"):
+        monkeypatch.setitem(gpu.LIBRARIES, name, cases)
+    report = {"measurements": [], "missing": {}}
+    gpu.measure("torch", report)
+    assert [(m["library"], m["call"]) for m in report["measurements"]] == [
+        ("torch", "one"),
+        ("torch", "three"),
+    ]
+    assert report["missing"] == {
+        "torch two (4, 4) float32": "MemoryError: no room",
+        "torch": "RuntimeError: no more",
+    }
+    with pytest.raises(MemoryError):
+        gpu.measure("gpuinit", report)
+
+
 CASE = {"function": "he_normal", "arguments": [[8, 8]], "keywords": {"seed": 0}}
 
 
