@@ -13,7 +13,6 @@ import threading
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -172,8 +171,12 @@ def test_no_thread_writes_once_an_error_is_raised(monkeypatch):
     assert helper_ended.is_set()
 
 
-def helpers_of(work: Callable[[], object]) -> set[threading.Thread]:
-    """The threads that helped in work, which must not take less than two."""
+def make_large_array():
+    return gpuinit.he_normal((1024, 1024), seed=1, device="cpu")
+
+
+def threads_that_help() -> set[threading.Thread]:
+    """The threads, of which there must be some, that help this one to make a large array."""
     running: set[threading.Thread] = set()
     both = threading.Event()
     fill_tile = cpu.fill_tile
@@ -187,22 +190,18 @@ def helpers_of(work: Callable[[], object]) -> set[threading.Thread]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "fill_tile", spy)
-        work()
+        make_large_array()
     return running - {threading.current_thread()}
-
-
-def make_large_array():
-    return gpuinit.he_normal((1024, 1024), seed=1, device="cpu")
 
 
 def test_threads_are_kept_until_their_number_changes(monkeypatch):
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
-    helping = helpers_of(make_large_array)
+    helping = threads_that_help()
     assert len(helping) == 1
     for _ in range(3):
-        assert helpers_of(make_large_array) == helping
+        assert threads_that_help() == helping
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
-    assert not helpers_of(make_large_array) & helping
+    assert not threads_that_help() & helping
     gc.collect()  # the traceback of another test's error may hold them
     for thread in helping:
         thread.join(60)
@@ -210,13 +209,13 @@ def test_threads_are_kept_until_their_number_changes(monkeypatch):
 
 
 def count_helpers(sender):
-    sender.send(len(helpers_of(make_large_array)))
+    sender.send(len(threads_that_help()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_has_threads_of_its_own(monkeypatch):
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
-    helpers_of(make_large_array)
+    threads_that_help()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     with warnings.catch_warnings():
@@ -240,11 +239,11 @@ def test_threads_keep_to_the_cores_that_the_process_may_use_now(monkeypatch):
         fill_tile(*arguments)
 
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
-    helpers_of(make_large_array)
+    threads_that_help()
     monkeypatch.setattr(cpu, "fill_tile", spy)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        helpers_of(make_large_array)
+        threads_that_help()
     finally:
         os.sched_setaffinity(0, cores)
     assert seen == {frozenset({min(cores)})}
