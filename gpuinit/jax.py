@@ -209,9 +209,17 @@ def sharded(
         seed: An integer in [0, 2**64), the same in every process.
         name: As for `gpuinit.he_normal`.
         dtype: As for `gpuinit.jax.he_normal`.
+
+    Raises:
+        ValueError: Called under `jit`, where `he_normal()(key, shape, dtype, out_sharding)` works.
     """
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding must be a jax.sharding.Sharding, got {sharding!r}")
+    if is_traced():
+        raise ValueError(
+            "sharded must be called outside of jit; there use he_normal()(key, shape, dtype, out_sharding), "
+            "got a call that is traced"
+        )
     key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
     parsed = parse_shape(shape)
     make = partial(make_on, initializer, parsed, seed=key, name=name, dtype=canonical_dtype(dtype))
@@ -227,7 +235,7 @@ def initialize(
         params = gpuinit.jax.initialize(shapes, seed=0)
 
     The name of a leaf is its key path, "Dense_0/kernel": adding a layer changes no other leaf. A leaf has the
-    bits of `gpuinit.he_normal(shape, seed=seed, name="Dense_0/kernel")`, sharded or not.
+    bits of `gpuinit.he_normal(shape, seed=seed, name="Dense_0/kernel")`, sharded or not, under `jit` or not.
 
     The default rules are `DEFAULT_RULES`, for the names of Flax and Haiku:
 
@@ -275,9 +283,17 @@ def make_leaf(initializer: Any, leaf: Any, key: int, name: str) -> jax.Array:
     dtype = canonical_dtype(leaf.dtype)
     if isinstance(initializer, Real):
         return jnp.full(leaf.shape, initializer, dtype, device=sharding)
+    if is_traced():
+        words = np.array([key >> 32, key & 0xFFFFFFFF], np.uint32)
+        return initializer_of(initializer, dtype, name)(words, leaf.shape, dtype, sharding)
     if sharding is not None:
         return sharded(leaf.shape, sharding, initializer, seed=key, name=name, dtype=dtype)
     return make_on(initializer, tuple(leaf.shape), None, seed=key, name=name, dtype=dtype)
+
+
+def is_traced() -> bool:
+    """Whether what is called now becomes part of a program, as under jit."""
+    return isinstance(jnp.empty(()), jax.core.Tracer)
 
 
 # A key to a seed

@@ -228,12 +228,30 @@ def test_initialize_takes_rules_and_refuses_what_none_covers():
     assert tree["b"] is shapes["b"]
 
 
+def test_initialize_under_jit_makes_the_same_when_the_program_runs():
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec("x"))
+    shapes = {
+        "kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16),
+        "w": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding),
+        "bias": jax.ShapeDtypeStruct((32,), jnp.float32),
+    }
+    seed = 2**63 + 5
+    make = partial(gpuinit.jax.initialize, shapes, seed=seed)
+    made, expected = jax.jit(make)(), make()
+    assert all(same(made[name], expected[name]) for name in shapes)
+    assert same(made["w"], core((64, 32), seed=seed, name="w"))
+    assert all(np.size(constant) <= 2 for constant in jax.make_jaxpr(make)().consts)  # no weights
+    assert jax.eval_shape(make)["kernel"].shape == (64, 32)
+
+
 def test_sharded_refuses_what_it_cannot_use():
     with pytest.raises(TypeError, match=r"^sharding must be .*got 'x'"):
         gpuinit.jax.sharded(SHAPE, "x", seed=0)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(TypeError, match=r"^seed must be an integer .*got None"):
         gpuinit.jax.sharded(SHAPE, sharding, seed=None)
+    with pytest.raises(ValueError, match=r"^sharded must be called outside of jit; .*got a call that is"):
+        jax.jit(lambda: gpuinit.jax.sharded(SHAPE, sharding, seed=0))()
 
 
 @pytest.mark.parametrize("devices", [1, 2, 6, 8])
