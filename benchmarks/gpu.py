@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -277,11 +278,16 @@ extern "C" __global__ void hold(unsigned long long nanoseconds)
 """
 
 
-def hold_back() -> None:
-    """Keep CuPy's current stream waiting, so that the host is ahead of the device."""
+@cache
+def hold() -> Any:
     import cupy
 
-    cupy.RawKernel(HOLD, "hold")((1,), (1,), (np.uint64(HELD_BACK),))
+    return cupy.RawKernel(HOLD, "hold")
+
+
+def hold_back() -> None:
+    """Keep CuPy's current stream waiting, so that the host is ahead of the device."""
+    hold()((1,), (1,), (np.uint64(HELD_BACK),))
 
 
 def cupy_elapsed(run: Run) -> float:

@@ -393,8 +393,8 @@ def store_packet(typing, out, place, low, high, stream, key, limit, distribution
         data = builder.gep(context.make_array(out)(context, builder, array).data, [place])
         for number, part in enumerate(packet(*request)):
             parts = builder.bitcast(data, part.value.type.as_pointer())
-            place = builder.gep(parts, [ir.Constant(INT32, number)])
-            builder.store(part.value, place, align=out.dtype.bitwidth // 8)
+            target = builder.gep(parts, [ir.Constant(INT32, number)])
+            builder.store(part.value, target, align=out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(out, place, low, high, stream, key, limit, distribution), generate

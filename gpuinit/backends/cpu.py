@@ -1,6 +1,6 @@
 """NumPy arrays, filled tile by tile on all cores that the process may use, by one of two engines.
 
-"numpy" is always there. "numba" runs the same sampler compiled, some nine times faster, and has to be loaded
+"numpy" is always there. "numba" runs the same sampler compiled, some eight times faster, and has to be loaded
 first. They write the same bits, so which one runs is a matter of time alone: see `engine`.
 """
 
