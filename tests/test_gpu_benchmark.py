@@ -55,6 +55,13 @@ def test_a_measurement_is_the_median_of_a_call():
     assert made["gigabytes_per_second"] == pytest.approx(1e6 / (0.2 * 1e-3) / 1e9)
 
 
+def test_the_clock_stops_when_all_that_was_called_is_done(monkeypatch):
+    done, times = [], iter([1.0, 1.5])
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: done.append("clock") or next(times))
+    assert gpu.by_the_clock(lambda: done.append("wait"))(lambda: done.append("run")) == 500.0
+    assert done == ["clock", "run", "wait", "clock"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
 def test_what_holds_the_device_back_compiles():
     image, ptx, log = gpu.cuda.compile_offline(gpu.HOLD, ("-arch=sm_80",))
