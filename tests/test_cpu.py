@@ -249,6 +249,14 @@ def test_threads_keep_to_the_cores_that_the_process_may_use_now(monkeypatch):
     assert seen == {frozenset({min(cores)})}
 
 
+def test_a_limit_that_is_lowered_meanwhile_does_no_harm(monkeypatch):
+    expected = make_large_array().tobytes()
+    limits = iter([2, 1])
+    monkeypatch.setattr(cpu, "thread_limit", lambda: next(limits))
+    assert make_large_array().tobytes() == expected
+    assert next(limits, None) is None
+
+
 AT_EXIT = """
 import atexit, hashlib, gpuinit
 def make():

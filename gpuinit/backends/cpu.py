@@ -177,7 +177,8 @@ def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]],
     helping: list[Future[None]] = []
     try:
         try:
-            pool = helpers(thread_limit() - 1, usable_cores(), os.getpid())
+            most = max(threads, thread_limit())  # which may have been lowered since
+            pool = helpers(most - 1, usable_cores(), os.getpid())
             for _ in range(threads - 1):
                 helping.append(pool.submit(draw_and_work))
         except RuntimeError:  # Python ends, or the system has no thread left: this one will do
