@@ -1,12 +1,13 @@
 """What a weight costs in instructions, counted without a GPU:
 
 python benchmarks/budget.py
+python benchmarks/budget.py --distribution normal
 python benchmarks/budget.py --json
 
 Compiles kernels/fill.cu exactly as CuPy would, disassembles it, and follows the hot path: one turn of the
-innermost loop that stores, as whole packets of the truncated normal take it. Of the paths round that loop
-with none but 16-byte stores, with the most stores and reciprocals, and with no call, it is the longest: no
-branch flatters the count. benchmarks/budget.md keeps what was tried. Needs CuPy and the wheel
+innermost loop that stores, as whole packets of the distribution take it, by default the truncated normal.
+Of the paths round that loop with none but 16-byte stores, with the most stores, and with no call, it is the
+longest: no branch flatters the count. benchmarks/budget.md keeps what was tried. Needs CuPy and the wheel
 nvidia-cuda-nvdisasm, both in the `test` extra.
 """
 
@@ -32,6 +33,15 @@ from gpuinit.backends import cuda
 ARCHITECTURES = ("80", "90", "100")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
+# Each distribution has a loop of its own: in the kernel for those round 0 or in the other, by falling length.
+LOOPS = {
+    "truncated_normal": (False, 0),
+    "uniform": (False, 1),
+    "normal_between": (True, 0),
+    "normal": (True, 1),
+    "uniform_between": (True, 2),
+}
+
 # Where a sample's instructions go: the first pattern that fits an opcode names its class.
 CLASSES = {
     "integer multiply": r"U?IMAD\.WIDE|U?IMAD\.HI|U?IMAD$|U?IMAD\.(LO|U32|X|SHL|IADD)",
@@ -39,6 +49,7 @@ CLASSES = {
     "integer to float": r"I2F",
     "float multiply, add": r"FMUL|FADD|FFMA|DMUL|DADD|DFMA|FMNMX|FSEL|FSETP|DSETP|HADD",
     "reciprocal": r"MUFU",
+    "table": r"LDG",
     "rounding to 16 bits": r"F2F|F2FP",
     "store": r"ST",
     "loop and the rest": r"",
@@ -213,27 +224,36 @@ def paths(blocks: dict[int, Block], head: int, body: set[int]) -> Iterator[list[
                 left.append([*path, successor])
 
 
-def hot_path(function: Function) -> list[Instruction]:
-    """One turn of the loop that makes whole packets of the truncated normal."""
+def hot_path(function: Function, rank: int = 0) -> list[Instruction]:
+    """One turn of the longest loop that makes whole packets, or of one that is shorter, by its rank."""
+    return hot_paths(function)[rank]
+
+
+def hot_paths(function: Function) -> list[list[Instruction]]:
+    """One turn of every loop that makes packets, the longest first."""
     blocks = basic_blocks(function)
     storing = [(head, body) for head, body in loops(blocks) if any(has_store(blocks[b]) for b in body)]
     innermost = [(head, body) for head, body in storing if not any(other < body for _, other in storing)]
     turns = [
-        [instruction for block in path for instruction in blocks[block].instructions]
+        max(
+            (
+                [instruction for block in path for instruction in blocks[block].instructions]
+                for path in paths(blocks, head, body)
+            ),
+            key=work,
+        )
         for head, body in innermost
-        for path in paths(blocks, head, body)
     ]
-    return max(turns, key=work)
+    return sorted(turns, key=work, reverse=True)
 
 
 def has_store(block: Block) -> bool:
     return any(instruction.name == "STG" for instruction in block.instructions)
 
 
-def work(turn: list[Instruction]) -> tuple[int, int, int, int]:
-    """The narrowest store; how many stores, reciprocals (uniform weights need none) and instructions."""
-    names = Counter(instruction.name for instruction in turn)
-    return min(store_bytes(turn), default=0), names["STG"], names["MUFU"], len(turn)
+def work(turn: list[Instruction]) -> tuple[int, int, int]:
+    """The narrowest store; how many stores and instructions."""
+    return min(store_bytes(turn), default=0), len(store_bytes(turn)), len(turn)
 
 
 def store_bytes(turn: list[Instruction]) -> list[int]:
@@ -246,8 +266,8 @@ def class_of(instruction: Instruction) -> str:
     return next(name for name, pattern in CLASSES.items() if re.match(pattern, instruction.opcode))
 
 
-def measure(dtype: str, function: Function) -> dict[str, Any]:
-    turn = hot_path(function)
+def measure(dtype: str, function: Function, rank: int = 0) -> dict[str, Any]:
+    turn = hot_path(function, rank)
     samples = sum(store_bytes(turn)) / ITEM_BYTES[dtype]
     classes = Counter(map(class_of, turn))
     local = any(instruction.name in ("LDL", "STL") for instruction in function.instructions)
@@ -262,13 +282,14 @@ def measure(dtype: str, function: Function) -> dict[str, Any]:
     }
 
 
-def budget() -> dict[str, dict[str, dict[str, Any]]]:
+def budget(distribution: str = "truncated_normal") -> dict[str, dict[str, dict[str, Any]]]:
     """By architecture and dtype."""
+    shifted, rank = LOOPS[distribution]
     result = {}
     for architecture in ARCHITECTURES:
-        functions = disassemble(compile_as_cupy(cuda.source(), architecture))
+        functions = disassemble(compile_as_cupy(cuda.source(shifted), architecture))
         result[f"sm_{architecture}"] = {
-            dtype: measure(dtype, functions[f"fill_{dtype}"]) for dtype in ITEM_BYTES
+            dtype: measure(dtype, functions[f"fill_{dtype}"], rank) for dtype in ITEM_BYTES
         }
     return result
 
@@ -292,16 +313,18 @@ def table(result: dict[str, dict[str, dict[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count the kernel's instructions for each sample.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--distribution", choices=tuple(LOOPS), default="truncated_normal")
     parser.add_argument("--sass", metavar="sm_NN:DTYPE", help="print the hot path itself, as sm_90:float32")
     options = parser.parse_args()
     if problem := missing():
         parser.exit(1, f"{problem}\n")
     if options.sass:
         architecture, dtype = options.sass.removeprefix("sm_").split(":")
-        function = disassemble(compile_as_cupy(cuda.source(), architecture))[f"fill_{dtype}"]
-        print("\n".join(" ".join(instruction) for instruction in hot_path(function)))
+        shifted, rank = LOOPS[options.distribution]
+        function = disassemble(compile_as_cupy(cuda.source(shifted), architecture))[f"fill_{dtype}"]
+        print("\n".join(" ".join(instruction) for instruction in hot_path(function, rank)))
         return
-    result = budget()
+    result = budget(options.distribution)
     if options.json:
         keys = ("instructions_per_sample", "registers", "local_bytes", "store_bytes")
         short = {

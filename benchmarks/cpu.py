@@ -1,5 +1,7 @@
 """gpuinit beside its peers on the CPU: pip install "gpuinit[bench]" && python benchmarks/cpu.py
 
+There are two tables: he_normal, and the normal distribution of mean 0 and standard deviation 1.
+
 Every peer that is installed runs in a process of its own, all on the same cores, one at a time and in turns:
 round by round each makes the array, into memory of its own choice, and the medians are compared. An array
 that takes less than 0.2 s is made several times in a row, and their median is taken. A peer that would take
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +50,25 @@ PAUSE = 0.02  # for the threads of the peer before to go to sleep
 QUIET = 0.1  # of the cores, busy with others' work: more is reported
 
 Make = Callable[[tuple[int, ...], str, int], Any]
+StdOf = Callable[[tuple[int, ...]], float]
 
 
 # The peers: each function imports what it needs and returns one that makes an array, done when it returns.
 
 
-def gpuinit_numba() -> Make:
-    return gpuinit_with("numba")
-
-
-def gpuinit_numpy() -> Make:
-    return gpuinit_with("numpy")
-
-
-def gpuinit_with(engine: str) -> Make:
+def gpuinit_with(engine: str, function: str, *arguments: float) -> Make:
     os.environ["GPUINIT_CPU_ENGINE"] = engine
     sys.path.insert(0, str(CHECKOUT))
     import gpuinit
 
-    return lambda shape, dtype, seed: gpuinit.he_normal(shape, seed=seed, dtype=dtype, device="cpu")
+    fill = getattr(gpuinit, function)
+    return lambda shape, dtype, seed: fill(shape, *arguments, seed=seed, dtype=dtype, device="cpu")
 
 
-def jax_he_normal() -> Make:
+def jax_jitted(function: str, *arguments: float) -> Make:
     import jax
 
-    initializer = jax.nn.initializers.he_normal()
+    initializer = getattr(jax.nn.initializers, function)(*arguments)
     make = jax.jit(lambda seed, *rest: initializer(jax.random.key(seed), *rest), static_argnums=(1, 2))
     return lambda shape, dtype, seed: make(seed, shape, dtype).block_until_ready()
 
@@ -115,12 +112,12 @@ def keras_on_torch() -> Make:
     return lambda shape, dtype, seed: keras.initializers.HeNormal(seed)(shape, dtype=dtype)
 
 
-def torch_trunc_normal() -> Make:
+def torch_trunc_normal(std_of: StdOf) -> Make:
     import torch
 
     def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
         torch.manual_seed(seed)
-        std = parent_std(shape)
+        std = std_of(shape)
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         return torch.nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std)
 
@@ -134,6 +131,25 @@ def torch_kaiming_normal() -> Make:
         torch.manual_seed(seed)
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         return torch.nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu")
+
+    return make
+
+
+def torch_normal() -> Make:
+    import torch
+
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        torch.manual_seed(seed)
+        return torch.empty(shape, dtype=getattr(torch, dtype)).normal_()
+
+    return make
+
+
+def numpy_standard_normal_out() -> Make:
+    def make(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        w = np.empty(shape, np.float32)
+        np.random.default_rng(seed).standard_normal(dtype=np.float32, out=w)
+        return w.astype(DTYPES[dtype], copy=False)
 
     return make
 
@@ -171,31 +187,46 @@ def parent_std(shape: tuple[int, ...]) -> float:
     return math.sqrt(2 / shape[0]) / TRUNCATED_STD
 
 
-# Name in the table, distribution, and the standard deviation of the normal that it is, or is cut from.
-PEERS: dict[str, tuple[Callable[[], Make], bool | None, Callable[[tuple[int, ...]], float]]] = {
-    "gpuinit, Numba engine": (gpuinit_numba, True, parent_std),
-    "gpuinit, NumPy engine": (gpuinit_numpy, True, parent_std),
-    "gpuinit.jax he_normal": (gpuinit_jax, True, parent_std),
-    "gpuinit.keras on torch": (gpuinit_keras_on_torch, True, parent_std),
-    "jax he_normal, jitted": (jax_he_normal, True, parent_std),
-    "keras HeNormal on jax": (keras_on_jax, True, parent_std),
-    "keras HeNormal on torch": (keras_on_torch, True, parent_std),
-    "torch trunc_normal_": (torch_trunc_normal, True, parent_std),
-    "torch kaiming_normal_": (torch_kaiming_normal, False, lambda shape: math.sqrt(2 / shape[0])),
-    "numpy standard_normal": (numpy_standard_normal, False, lambda shape: 1.0),
-    "scipy truncnorm.rvs": (scipy_truncnorm, True, lambda shape: 1.0),
-    "bare fill": (bare_fill, None, lambda shape: math.inf),
-}
+def one(shape: tuple[int, ...]) -> float:
+    return 1.0
+
+
+# Of each table the peers: name, what builds it, whether its distribution is truncated, and the standard
+# deviation of the normal that this is, or is cut from.
 OURS = "gpuinit, Numba engine"
+TABLES: dict[str, dict[str, tuple[Callable[[], Make], bool | None, StdOf]]] = {
+    "he_normal": {
+        OURS: (partial(gpuinit_with, "numba", "he_normal"), True, parent_std),
+        "gpuinit, NumPy engine": (partial(gpuinit_with, "numpy", "he_normal"), True, parent_std),
+        "gpuinit.jax he_normal": (gpuinit_jax, True, parent_std),
+        "gpuinit.keras on torch": (gpuinit_keras_on_torch, True, parent_std),
+        "jax he_normal, jitted": (partial(jax_jitted, "he_normal"), True, parent_std),
+        "keras HeNormal on jax": (keras_on_jax, True, parent_std),
+        "keras HeNormal on torch": (keras_on_torch, True, parent_std),
+        "torch trunc_normal_": (partial(torch_trunc_normal, parent_std), True, parent_std),
+        "torch kaiming_normal_": (torch_kaiming_normal, False, lambda shape: math.sqrt(2 / shape[0])),
+        "numpy standard_normal": (numpy_standard_normal, False, one),
+        "scipy truncnorm.rvs": (scipy_truncnorm, True, one),
+        "bare fill": (bare_fill, None, lambda shape: math.inf),
+    },
+    "normal": {
+        OURS: (partial(gpuinit_with, "numba", "normal", 1.0), False, one),
+        "gpuinit, NumPy engine": (partial(gpuinit_with, "numpy", "normal", 1.0), False, one),
+        "jax normal, jitted": (partial(jax_jitted, "normal", 1.0), False, one),
+        "torch normal_": (torch_normal, False, one),
+        "torch trunc_normal_": (partial(torch_trunc_normal, one), True, one),
+        "numpy standard_normal": (numpy_standard_normal_out, False, one),
+    },
+}
 PACKAGES = ("numpy", "numba", "jax", "keras", "torch", "scipy", "ml_dtypes")
 
 
 # In the process of a peer
 
 
-def serve(connection: Any, name: str) -> None:
+def serve(connection: Any, table: str, name: str) -> None:
     """Answer questions about a peer until told to stop."""
-    build, _, std_of = PEERS[name]
+    build, _, std_of = TABLES[table][name]
     try:
         make = build()
     except ImportError as error:
@@ -274,10 +305,10 @@ def as_numpy(array: Any) -> Any:
 class Worker:
     """The process of a peer."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, table: str, name: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, name), daemon=True)
+        self.process = context.Process(target=serve, args=(other, table, name), daemon=True)
         self.process.start()
         other.close()
         self.missing = self.connection.recv()
@@ -293,18 +324,19 @@ class Worker:
 
 
 def measure(
-    shapes: list[tuple[int, ...]], dtypes: list[str], rounds: int, budget: float, progress: Any
+    table: str, shapes: list[tuple[int, ...]], dtypes: list[str], rounds: int, budget: float, progress: Any
 ) -> list[dict[str, Any]]:
-    workers = {name: Worker(name) for name in PEERS}
+    workers = {name: Worker(table, name) for name in TABLES[table]}
     for name in [name for name, worker in workers.items() if worker.missing]:
         progress.write(f"left out: {name} ({workers.pop(name).missing})")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc raises it by itself unless it is set
-    inspected = {name: Worker(name) for name in workers}
+    inspected = {name: Worker(table, name) for name in workers}
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]  # not for what is timed in the next table
     rows: list[dict[str, Any]] = []
     progress.reset(len(shapes) * len(dtypes) * len(workers) * (rounds + 2))
     for shape in shapes:
         for dtype in dtypes:
-            progress.set_description(f"{shape[0]}x{shape[1]} {dtype}")
+            progress.set_description(f"{table} {shape[0]}x{shape[1]} {dtype}")
             calls, runs, to_wake = {}, {}, {}
             times: dict[str, list[float]] = {name: [] for name in workers}
             for name, worker in workers.items():
@@ -324,8 +356,8 @@ def measure(
                         times[name].append(worker.ask(*question))
                     progress.update()
             for name in workers:
-                row: dict[str, Any] = {"peer": name, "shape": shape, "dtype": dtype}
-                row |= {"truncated": PEERS[name][1], "busy_before": busy}
+                row: dict[str, Any] = {"table": table, "peer": name, "shape": shape, "dtype": dtype}
+                row |= {"truncated": TABLES[table][name][1], "busy_before": busy}
                 row |= {"seconds": statistics.median(times[name]), "all_seconds": times[name]}
                 rows.append(row | inspected[name].ask("inspect", shape, dtype))
                 progress.update()
@@ -415,10 +447,14 @@ def table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}"]
     lines.append(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
-    groups = dict.fromkeys((row["shape"], row["dtype"]) for row in report["rows"])
-    for shape, dtype in groups:
-        rows = [row for row in report["rows"] if (row["shape"], row["dtype"]) == (shape, dtype)]
+    groups = dict.fromkeys((row["table"], row["shape"], row["dtype"]) for row in report["rows"])
+    before = None
+    for name, shape, dtype in groups:
+        rows = [r for r in report["rows"] if (r["table"], r["shape"], r["dtype"]) == (name, shape, dtype)]
         title = f"{shape[0]}x{shape[1]} {dtype}"
+        if name != before:
+            lines += ["", f"[{name}]"]
+            before = name
         lines += ["", f"{title:24}{'ms':>10}{'G/s':>7}{'ratio':>8}{'+MiB':>8}{'cut':>5}{'>2sd':>6}"]
         lines[-1] += f"{'values':>9}" if dtype == "bfloat16" else ""
         for row in rows:
@@ -451,13 +487,14 @@ def yes(value: bool | None, known: bool | None = True) -> str:
 
 
 def chart(report: dict[str, Any], shape: tuple[int, ...], path: Path) -> None:
-    """Bars of the time that every peer takes for one shape."""
+    """Bars of the time that every peer of the first table takes for one shape."""
     import matplotlib.pyplot as plt
 
     machine = report["machine"]
     figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(11, 4), sharey=True, layout="constrained")
     for axis, dtype in zip(np.atleast_1d(axes), report["dtypes"], strict=True):
-        rows = [r for r in report["rows"] if (r["shape"], r["dtype"]) == (shape, dtype)][::-1]
+        shown = report["rows"][0]["table"], shape, dtype
+        rows = [r for r in report["rows"] if (r["table"], r["shape"], r["dtype"]) == shown][::-1]
         names = [
             row["peer"] + ("" if row["truncated"] in (True, None) else " (not truncated)") for row in rows
         ]
@@ -480,14 +517,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10, help="seconds for one peer, shape and dtype")
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="MxN")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file and chart")
     options = parser.parse_args()
     from tqdm import tqdm
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     machine = describe_machine()
-    with tqdm(total=1) as progress:
-        rows = measure(shapes, options.dtypes, options.rounds, options.budget, progress)
+    rows = []
+    for name in options.tables:
+        with tqdm(total=1) as progress:
+            rows += measure(name, shapes, options.dtypes, options.rounds, options.budget, progress)
     report = {"machine": machine, "rounds": options.rounds, "dtypes": options.dtypes}
     report |= {"rows": rows, "first_calls_ms": first_calls()}
     print(table(report))

@@ -37,7 +37,7 @@ def once(engine: str, size: int, threads: int, dtype: str = "float32", **constan
         calls = max(1, 2**21 // size)
         start = time.perf_counter()
         for call in range(calls):
-            fill(out, [Run(0, size, 1, 0)], call, 0, quantile.TRUNCATED_NORMAL, 1.0)
+            fill(out, [Run(0, size, 1, 0)], (call, 0, quantile.TRUNCATED_NORMAL, (out.dtype.type(1),)))
         return (time.perf_counter() - start) / calls / size * 1e9
     finally:
         for name, value in kept.items():

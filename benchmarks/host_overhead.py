@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ import host_build
 
 import gpuinit
 from gpuinit.backends import cuda
+from gpuinit.distributions import find_sampling
+from gpuinit.initializers import DTYPES, find_draw
+from gpuinit.quantile import NORMAL
 
 CALLS = 200  # in one round
 ROUNDS = 40
 
-CASES: dict[str, dict[str, Any]] = {
-    "float32": {"seed": 1},
-    "bfloat16": {"seed": 1, "dtype": "bfloat16"},
-    "float64": {"seed": 1, "dtype": "float64"},
-    "float32, named": {"seed": 1, "name": "layer.0.weight"},
-    "float32, a shard": {"seed": 1, "index": (slice(0, 64), slice(64, 128))},
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "float32": (gpuinit.he_normal, {}),
+    "bfloat16": (gpuinit.he_normal, {"dtype": "bfloat16"}),
+    "float64": (gpuinit.he_normal, {"dtype": "float64"}),
+    "float32, named": (gpuinit.he_normal, {"name": "layer.0.weight"}),
+    "float32, a shard": (gpuinit.he_normal, {"index": (slice(0, 64), slice(64, 128))}),
+    "float32, normal": (gpuinit.normal, {}),
+    "float32, other bounds": (partial(gpuinit.truncated_normal, lower=-3, upper=3), {}),
 }
 
 
@@ -47,12 +53,12 @@ def seconds(call: Callable[[], Any]) -> float:
     return (time.thread_time() - start) / CALLS
 
 
-def bare(dtype: str) -> Callable[[], Any]:
+def bare(function: Callable[..., Any], dtype: str) -> Callable[[], Any]:
     """An allocation and a launch of the same kernel, and nothing else."""
-    kernel = cuda.kernel(dtype)
-    limit = np.float64(0.1) if dtype == "float64" else np.float32(0.1)
-    scalars = (*map(np.uint64, (0, 4096, 1, 0, 1, 0)), np.uint32(1), limit)
-    numpy_dtype = gpuinit.initializers.DTYPES[dtype]
+    numpy_dtype = DTYPES[dtype]
+    distribution, numbers = find_sampling(find_draw(function, (64, 64)), numpy_dtype)
+    kernel = cuda.kernel(dtype, distribution >= NORMAL)
+    scalars = (*map(np.uint64, (0, 4096, 1, 0, 1, 0)), np.uint32(distribution), *numbers)
 
     def call() -> None:
         out = cuda_sim.empty((64, 64), numpy_dtype)
@@ -64,13 +70,10 @@ def bare(dtype: str) -> Callable[[], Any]:
 def measure() -> list[tuple[str, float, float]]:
     """Case, and the medians of the whole call and of the bare one, in seconds."""
     rows = []
-    for case, keywords in CASES.items():
+    for case, (function, keywords) in CASES.items():
         shape = (64, 128) if "index" in keywords else (64, 64)
-
-        def whole(shape: tuple[int, ...] = shape, keywords: dict[str, Any] = keywords) -> None:
-            gpuinit.he_normal(shape, device="cuda", **keywords)
-
-        least = bare(keywords.get("dtype", "float32"))
+        whole = partial(function, shape, seed=1, device="cuda", **keywords)
+        least = bare(function, keywords.get("dtype", "float32"))
         seconds(whole), seconds(least)
         times = [(seconds(whole), seconds(least)) for _ in range(ROUNDS)]
         rows.append((case, *(statistics.median(column) for column in zip(*times, strict=True))))
@@ -85,7 +88,8 @@ def table(rows: list[tuple[str, float, float]]) -> str:
 
 def main() -> None:
     sys.modules["cupy"] = cuda_sim
-    gpuinit.he_normal((64, 64), device="cuda", seed=1)
+    for function in (gpuinit.he_normal, gpuinit.normal):  # both kernels are compiled
+        function((64, 64), device="cuda", seed=1)
     host_build.launch = lambda *arguments: None
     cuda_sim.TWICE_UP_TO = -1
     print(f"Python {platform.python_version()}, {platform.machine()}, {time.strftime('%Y-%m-%d')}\n")

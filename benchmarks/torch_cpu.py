@@ -28,7 +28,7 @@ from torch import nn
 
 import gpuinit
 import gpuinit.torch as gt
-from gpuinit.fans import TRUNCATED_STD
+from gpuinit.distributions import TRUNCATED_STD
 
 RESULTS = Path(__file__).parent / "results"
 STD = 0.02

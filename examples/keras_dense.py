@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras.layers import Dense
 
-from gpuinit.fans import TRUNCATED_STD
+from gpuinit.distributions import TRUNCATED_STD
 from gpuinit.keras import GlorotNormal, HeNormal
 
 LAYERS, WIDTH, SAMPLES = 30, 256, 128

@@ -24,8 +24,8 @@ import numpy as np
 import gpuinit
 from gpuinit import devices
 from gpuinit.backends import cpu
-from gpuinit.fans import fans, parent_std
-from gpuinit.initializers import DTYPES, parse_limit
+from gpuinit.distributions import find_sampling
+from gpuinit.initializers import DTYPES, find_draw
 
 # Fourth standardised moment of the normal truncated at +-2 (tests/test_distribution.py derives it).
 EXPECTED_KURTOSIS = 2.3655367172
@@ -107,8 +107,8 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
     synchronize(weights)
     seconds = time.perf_counter() - start
 
-    fan_in, _ = fans(shape, -2, -1, ())
-    limit = parse_limit("truncated_normal", ("scale", 2), parent_std(2, fan_in), DTYPES[dtype])
+    draw = find_draw(gpuinit.he_normal, shape)
+    _, (limit,) = find_sampling(draw, DTYPES[dtype])
     return {
         "device": devices.describe_device(number),
         "engine": engine,
@@ -117,7 +117,7 @@ def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) ->
         "seed": seed,
         "seconds": seconds,
         **statistics(weights),
-        "expected_std": math.sqrt(2 / max(1, fan_in)),
+        "expected_std": draw.std(),
         "bound": float(np.asarray(limit).astype(DTYPES[dtype])),
     }
 

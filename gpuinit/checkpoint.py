@@ -28,7 +28,7 @@ import numpy as np
 import gpuinit
 from gpuinit import devices
 from gpuinit.devices import describe
-from gpuinit.initializers import DTYPES, parse_dtype
+from gpuinit.initializers import DTYPES, find_draw, parse_dtype
 from gpuinit.stream import as_integer, parse_name, parse_shape
 
 WINDOW_BYTES = 64 * 2**20
@@ -40,7 +40,8 @@ NAMES = {code: dtype for dtype, code in CODES.items()}
 INITIALIZERS = tuple(name for name in gpuinit.__all__ if name != "FallbackWarning")
 CONSTANTS = {"zeros": 0, "ones": 1}
 SKIP = "skip"  # of a model that the manifest is like: this tensor is left out
-ARGUMENTS = ("scale", "mode", "distribution", "stddev", "limit", "in_axis", "out_axis", "batch_axis")
+DRAW = ("scale", "mode", "distribution", "stddev", "mean", "lower", "upper", "limit", "low", "high")
+ARGUMENTS = (*DRAW, "in_axis", "out_axis", "batch_axis")
 SETTINGS = ("dtype", "initializer", *ARGUMENTS)
 
 MOST_HEADER_BYTES = 100_000_000  # that the safetensors library reads
@@ -227,10 +228,8 @@ def parse_entry(
         if name == "__metadata__":
             raise ValueError("this name must not be used, as safetensors keeps it for itself, got it")
         parse_name(name)
-        if initializer in INITIALIZERS:  # makes nothing, but checks every argument
-            empty = (slice(0, 0),) if entry.shape else ()
-            make = getattr(gpuinit, initializer)
-            make(entry.shape, dtype=entry.dtype, device="cpu", index=empty, seed=0, **arguments)
+        if initializer in INITIALIZERS:
+            find_draw(getattr(gpuinit, initializer), entry.shape, dtype=entry.dtype, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}. Set it for this tensor, or for a pattern that matches") from None
     return entry

@@ -1,8 +1,8 @@
 """The sampler compiled for the CPU by Numba: stream format 2.
 
 Twins: kernels/fill.cu and gpuinit/quantile.py have the same names in the same order, and the tests compare
-them by bytes. The constants are written out here, as in the kernel, and not imported: Numba freezes them into
-the machine code that it keeps on disk, and compiles anew only when this very file changes.
+them by bytes. The constants are those of gpuinit/quantile.py. Numba freezes them into the machine code that
+it keeps on disk, and compiles anew when this file or what a function closes over changes: see `constants`.
 
 Where the kernel's thread makes one block, a function here makes BLOCKS of them side by side. They run once,
 while Numba compiles: their numbers are vectors of LLVM, and each of Python's operators on these emits one
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import llvmlite.binding
 import numba
@@ -28,50 +29,31 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
+from gpuinit.kernel_files import normal_table
+from gpuinit.quantile import (
+    N64,
+    NORMAL,
+    NORMAL_BETWEEN,
+    PHILOX_M0,
+    PHILOX_M1,
+    PHILOX_ROUNDS,
+    PHILOX_W0,
+    PHILOX_W1,
+    Q64,
+    R64,
+    TRUNCATED_NORMAL,
+    UNIFORM_BETWEEN,
+    N,
+    Q,
+    R,
+    Y,
+    segments,
+)
+
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-UNIFORM = 0
-TRUNCATED_NORMAL = 1
-
-# Multipliers and Weyl increments of philox4x32 (SC'11, section 3.3).
-PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
-PHILOX_ROUNDS = 10
-
-# R(t) = R0 + R1*t + N*(R2 + R3/Q), Y = (Y0 - t)*(Y1 - t), N = Y + N0, Q = Y*(Q1 - t) + Q0 in float32, with a
-# weighted relative error of 1.7e-7 (tools/fit_quantile.py).
-R0, R1, R2, R3 = map(np.float32, (0.41277757, 0.04760623, 0.0046481327, 0.30843925))
-Y0, Y1 = map(np.float32, (0.96703994, 1.5457196))
-N0 = np.float32(0.06913901)
-Q0, Q1 = map(np.float32, (0.043334197, 1.7829732))
-
-# R(v) = R0 + R1*N/Q, N and Q monic polynomials in v = 1 - t, in float64, weighted relative error 9.3e-18,
-# constants first (tools/fit_quantile.py).
-R64 = (0.10441156857015813, 4.542458417924603)
-N64 = (
-    0.002425975850266509,
-    0.08301813801091237,
-    1.1406042206919167,
-    8.103931143111144,
-    32.062861048550324,
-    71.20019308647001,
-    85.66270153974064,
-    51.47534857961033,
-    13.189084017454736,
-)
-Q64 = (
-    0.012304641324063564,
-    0.4445631917015149,
-    6.517378109542563,
-    50.104883348364446,
-    218.5920655295031,
-    549.5499832962482,
-    778.0011993750466,
-    584.8669118160961,
-    209.70818874502353,
-    29.332203457829202,
-)
+(R0, R1, R2, R3), (Y0, Y1), (N0,), (Q0, Q1) = R, Y, N, Q
 
 LOW_WORD = 0xFFFFFFFF
 
@@ -82,6 +64,7 @@ BLOCKS = 32 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 16
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 WIDTHS = {INT32: 32, INT64: 64, FLOAT: 32, DOUBLE: 64}
+AS_WIDE = {INT32: FLOAT, INT64: DOUBLE, FLOAT: INT32, DOUBLE: INT64}
 
 
 class Lanes:
@@ -94,6 +77,7 @@ class Lanes:
     def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
         self.builder, self.value = builder, value
         self.element, self.count = value.type.element, value.type.count
+        self.bits_each = WIDTHS[self.element]
 
     def emit(self, instruction: str, *operands: Any) -> Lanes:
         """The result of an instruction of llvmlite's builder."""
@@ -141,22 +125,51 @@ class Lanes:
     def __rshift__(self, bits: int) -> Lanes:
         return self.emit("lshr", self.other(bits))
 
-    def at_most(self, number: float) -> Lanes:
+    def at_most(self, number: Lanes | float) -> Lanes:
         """The smaller one. Of a comparison LLVM would make a mask for what follows, which takes longer."""
-        name = f"llvm.minnum.v{self.count}f{WIDTHS[self.element]}"
-        minnum = get_or_insert_function(
-            self.builder.module, ir.FunctionType(self.value.type, [self.value.type] * 2), name
-        )
-        return Lanes(self.builder, self.builder.call(minnum, [self.value, self.other(number)]))
+        return self.call("minnum", "f", self.value.type, self.other(number))
+
+    def at_least(self, number: Lanes | float) -> Lanes:
+        """The larger one."""
+        return self.call("maxnum", "f", self.value.type, self.other(number))
+
+    def absolute(self) -> Lanes:
+        """Of signed integers; the most negative one is itself."""
+        return self.call("abs", "i", ir.IntType(1), ir.Constant(ir.IntType(1), 0))
+
+    def call(self, name: str, letter: str, second_type: ir.Type, second: ir.Value) -> Lanes:
+        """The result of an intrinsic function of LLVM."""
+        types = self.value.type, second_type
+        full_name = f"llvm.{name}.v{self.count}{letter}{WIDTHS[self.element]}"
+        function = get_or_insert_function(self.builder.module, ir.FunctionType(types[0], types), full_name)
+        return Lanes(self.builder, self.builder.call(function, [self.value, second]))
 
     def below(self, number: int, then: Lanes, otherwise: Lanes) -> Lanes:
         """then if self < number else otherwise, for unsigned integers"""
         smaller = self.builder.icmp_unsigned("<", self.value, self.other(number))
         return Lanes(self.builder, self.builder.select(smaller, then.value, otherwise.value))
 
-    def to(self, element: ir.Type) -> Lanes:
-        """Signed integers rounded to floats."""
-        return self.emit("sitofp", ir.VectorType(element, self.count))
+    def is_below(self, number: Lanes) -> Lanes:
+        """All bits of a lane where it is the smaller one of two signed integers, none elsewhere."""
+        smaller = self.builder.icmp_signed("<", self.value, number.value)
+        return Lanes(self.builder, self.builder.sext(smaller, self.value.type))
+
+    def choose(self, then: Lanes, otherwise: Lanes) -> Lanes:
+        """then where all bits are set, otherwise where none is"""
+        mask = self.builder.trunc(self.value, ir.VectorType(ir.IntType(1), self.count))
+        return Lanes(self.builder, self.builder.select(mask, then.value, otherwise.value))
+
+    def to_floats(self) -> Lanes:
+        """Signed integers rounded to floats as wide."""
+        return self.emit("sitofp", ir.VectorType(AS_WIDE[self.element], self.count))
+
+    def unsigned_to_floats(self) -> Lanes:
+        """Unsigned integers rounded to floats as wide."""
+        return self.emit("uitofp", ir.VectorType(AS_WIDE[self.element], self.count))
+
+    def integers(self) -> Lanes:
+        """The bits of floats."""
+        return self.bits(AS_WIDE[self.element])
 
     def bits(self, element: ir.Type) -> Lanes:
         """The same bits as lanes of another type, as many of them as there is room for."""
@@ -185,10 +198,80 @@ def interleave(a: Lanes, b: Lanes) -> tuple[Lanes, Lanes]:
     return a.shuffle(b, low), a.shuffle(b, [place + half for place in low])
 
 
+def transpose(rows: list[Lanes]) -> list[Lanes]:
+    """Within every 128 bits: column i of the rows, for every i. Two rows of 64-bit numbers, or four of 32."""
+    if len(rows) == 2:
+        return list(interleave(*rows))
+    element = rows[0].element
+    low01, high01 = interleave(*rows[:2])
+    low23, high23 = interleave(*rows[2:])
+    pairs = (low01, low23), (high01, high23)
+    return [x.bits(element) for a, b in pairs for x in interleave(a.bits(INT64), b.bits(INT64))]
+
+
 def in_every_lane(builder: ir.IRBuilder, number: ir.Value, count: int) -> Lanes:
     nothing = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
     first = builder.insert_element(nothing, number, ir.Constant(INT32, 0))
     return Lanes(builder, first).shuffle(Lanes(builder, first), [0] * count)
+
+
+def look_up(table: ir.GlobalVariable, rows: Lanes) -> list[Lanes]:
+    """The columns of a table, each lane from its row, by 16 bytes: a gather took five times as long."""
+    builder, count = rows.builder, rows.count
+    element = table.value_type.element.element
+    at_once = 128 // WIDTHS[element]  # numbers in 16 bytes, and lanes between which they are transposed
+    vector = ir.VectorType(element, at_once)
+    places = [builder.extract_element(rows.value, ir.Constant(INT32, lane)) for lane in range(count)]
+    columns = []
+    for first in range(0, table.value_type.element.count, at_once):
+
+        def load(lane: int, first: int = first) -> Lanes:
+            zero = ir.Constant(INT32, 0)
+            pointer = builder.gep(table, [zero, places[lane], ir.Constant(INT32, first)])
+            return Lanes(builder, builder.load(builder.bitcast(pointer, vector.as_pointer()), align=16))
+
+        joined = []
+        for lane in range(at_once):
+            parts = [load(other) for other in range(lane, count, at_once)]
+            while len(parts) > 1:
+                parts = [
+                    a.shuffle(b, range(2 * a.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)
+                ]
+            joined.append(parts[0])
+        columns += transpose(joined)
+    return columns
+
+
+def numpy_type(element: ir.Type) -> np.dtype:
+    """That of a float."""
+    return np.dtype(f"f{WIDTHS[element] // 8}")
+
+
+def table_of(module: ir.Module, element: ir.Type) -> ir.GlobalVariable:
+    """The table of the normal's quantile in the module that is being compiled."""
+    name = f"normal_table_{WIDTHS[element]}"
+    if name not in module.globals:
+        numbers = normal_table(numpy_type(element))
+        rows = [ir.Constant(ir.ArrayType(element, len(row)), row.tolist()) for row in numbers]
+        table = ir.GlobalVariable(module, ir.ArrayType(rows[0].type, len(rows)), name)
+        table.initializer = ir.Constant(table.value_type, rows)
+        table.global_constant, table.linkage, table.align = True, "internal", 16
+    return module.globals[name]
+
+
+class Numbers(NamedTuple):
+    """As the kernel's, in every lane; None where a distribution has no such number."""
+
+    scale: Lanes
+    mean: Lanes | None = None
+    low: Lanes | None = None
+    high: Lanes | None = None
+    step: Lanes | None = None
+    start_above: Lanes | None = None
+    start_below: Lanes | None = None
+    tail_above: Lanes | None = None
+    tail_below: Lanes | None = None
+    split: Lanes | None = None
 
 
 def philox4x32(block, stream, key):
@@ -210,7 +293,7 @@ def philox4x32(block, stream, key):
 
 def uniform(word):
     """u in [-1, 1]: the word as a signed integer, in units of 2**31. Both ends are reached."""
-    return word.low_halves().to(FLOAT) * 2.0**-31
+    return word.to_floats() * 2.0**-31
 
 
 def quadratic(t):
@@ -246,17 +329,68 @@ def truncated_normal(u0, u1, u2, u3):
     )
 
 
-def weights(block, stream, key, distribution, limit):
+def ratio(a, unit):
+    """R of tail probability a, in units of 2**-unit: the polynomial of its segment. For float64 too."""
+    table, bits = segments(numpy_type(a.element)), a.integers()
+    rows = (bits >> table.shift.item()) - (table.first + table.octave * unit).item()
+    *others, r = look_up(table_of(a.builder.module, a.element), rows)
+    t = (bits & table.fraction.item() | table.one.item()).bits(a.element) - table.origin.item()
+    for coefficient in reversed(others):
+        r = r * t + coefficient
+    return r
+
+
+def normal(s):
+    """The normal sample: u * R(1 - |u|), u = s / (2**31 + 1/2) for the word as a signed integer s."""
+    a = (1 - (s.absolute() << 1)).unsigned_to_floats()
+    return s.to_floats() * ratio(a, s.bits_each)
+
+
+def normal_between(s, n):
+    """The normal sample between two bounds: that of the middle of the word's share of the probability."""
+    sign = 2 ** (s.bits_each - 1)
+    below = s.is_below(n.split)
+    u = (s - n.split ^ below).unsigned_to_floats() * n.step + below.choose(n.start_below, n.start_above)
+    a = (s ^ sign - 1 ^ below).unsigned_to_floats() * n.step + below.choose(n.tail_below, n.tail_above)
+    return (u.integers() ^ (below & sign)).bits(u.element) * ratio(a, s.bits_each - 1)
+
+
+def to_weight(sample, distribution, n):
+    weight = sample * n.scale
+    if distribution >= NORMAL:
+        weight = weight + n.mean
+    if distribution >= UNIFORM_BETWEEN:
+        weight = weight.at_least(n.low).at_most(n.high)
+    return weight
+
+
+def weights_of(words, distribution, n, uniform, truncated_normal):
+    """The weights of words as wide as a sample; the last two are the functions of that width."""
+    if distribution == NORMAL:
+        w = map(normal, words)
+    elif distribution == NORMAL_BETWEEN:
+        w = [normal_between(word, n) for word in words]
+    else:
+        w = map(uniform, words)
+        if distribution == TRUNCATED_NORMAL:
+            w = truncated_normal(*w)
+    return [to_weight(sample, distribution, n) for sample in w]
+
+
+def weights(block, stream, key, distribution, n):
     """The four float32 weights of every block."""
-    w = map(uniform, philox4x32(block, stream, key))
-    if distribution == TRUNCATED_NORMAL:
-        w = truncated_normal(*w)
-    return [sample * limit for sample in w]
+    words = [word.low_halves() for word in philox4x32(block, stream, key)]
+    return weights_of(words, distribution, n, uniform, truncated_normal)
 
 
-def uniform64(low, high):
+def join64(low, high):
+    """Words of 64 bits from their halves."""
+    return low & LOW_WORD | high << 32
+
+
+def uniform64(word):
     """u in [-1, 1] from 64 bits, as for 32."""
-    return (low & LOW_WORD | high << 32).to(DOUBLE) * 2.0**-63
+    return word.to_floats() * 2.0**-63
 
 
 def numerator64(v):
@@ -285,13 +419,11 @@ def truncated_normal64(u0, u1):
     return quantile64(u0, numerator64(v0), inverse * q1), quantile64(u1, numerator64(v1), inverse * q0)
 
 
-def weights64(block, stream, key, distribution, limit):
+def weights64(block, stream, key, distribution, n):
     """The two float64 weights of every block."""
-    words = philox4x32(block, stream, key)
-    w = [uniform64(*words[:2]), uniform64(*words[2:])]
-    if distribution == TRUNCATED_NORMAL:
-        w = truncated_normal64(*w)
-    return [sample * limit for sample in w]
+    halves = philox4x32(block, stream, key)
+    words = [join64(*halves[:2]), join64(*halves[2:])]
+    return weights_of(words, distribution, n, uniform64, truncated_normal64)
 
 
 def round_to_float16(first, second):
@@ -322,12 +454,7 @@ def nearest_bfloat16(weight):
 
 def packet_float32(*request):
     """The weights of BLOCKS blocks in order, in parts, as are those of the next three."""
-    w0, w1, w2, w3 = weights(*request)
-    low01, high01 = interleave(w0, w1)
-    low23, high23 = interleave(w2, w3)
-    low = interleave(low01.bits(INT64), low23.bits(INT64))
-    high = interleave(high01.bits(INT64), high23.bits(INT64))
-    return *low, *high
+    return transpose(weights(*request))
 
 
 def packet_float16(*request):
@@ -341,11 +468,11 @@ def packet_bfloat16(*request):
 
 
 def packet_float64(*request):
-    return interleave(*weights64(*request))
+    return transpose(weights64(*request))
 
 
-# For each dtype: what makes it, the type that is written (Numba has no 16-bit floats), and that of the limit.
-ENTRIES: dict[np.dtype, tuple[Callable[..., tuple[Lanes, ...]], type[np.generic], type[np.generic]]] = {
+# For each dtype: what makes it, the type written (Numba has no 16-bit floats), and that of the sample.
+ENTRIES: dict[np.dtype, tuple[Callable[..., Any], type[np.generic], type[np.generic]]] = {
     np.dtype(np.float32): (packet_float32, np.float32, np.float32),
     np.dtype(np.float16): (packet_float16, np.int16, np.float32),
     np.dtype(bfloat16): (packet_bfloat16, np.uint16, np.float32),
@@ -369,7 +496,7 @@ def numba_type(scalar: type[np.generic]) -> types.Type:
 
 
 @intrinsic(prefer_literal=True)
-def store_packet(typing, out, place, low, high, stream, key, limit, distribution):
+def store_packet(typing, out, place, low, high, stream, key, numbers, distribution, constants):
     """Write the weights of the block with these words and of the BLOCKS - 1 after it to out[place], ...
 
     The high word is that of them all.
@@ -377,7 +504,7 @@ def store_packet(typing, out, place, low, high, stream, key, limit, distribution
     packet = next(packet for packet, written, _ in ENTRIES.values() if numba_type(written) == out.dtype)
 
     def generate(context, builder, signature, arguments):
-        array, place, low, high, stream, key, limit, _ = arguments
+        array, place, low, high, stream, key, numbers, *_ = arguments
 
         def in_every_block(number):
             return in_every_lane(builder, number, BLOCKS)
@@ -387,71 +514,85 @@ def store_packet(typing, out, place, low, high, stream, key, limit, distribution
             return low, low >> 32
 
         low, high = in_every_block(low), in_every_block(high)
-        numbers = [ir.Constant(INT64, number) for number in blocks_of_lanes(out.dtype.bitwidth)]
-        low += Lanes(builder, ir.Constant(low.value.type, numbers))
-        request = (low, high), words(stream), words(key), distribution.literal_value, in_every_block(limit)
+        lanes = [ir.Constant(INT64, number) for number in blocks_of_lanes(out.dtype.bitwidth)]
+        low += Lanes(builder, ir.Constant(low.value.type, lanes))
+        each = [builder.extract_value(numbers, i) for i in range(len(numbers.type.elements))]
+        n = Numbers(*map(in_every_block, each))
         data = builder.gep(context.make_array(out)(context, builder, array).data, [place])
-        for number, part in enumerate(packet(*request)):
+        for number, part in enumerate(
+            packet((low, high), words(stream), words(key), distribution.literal_value, n)
+        ):
             parts = builder.bitcast(data, part.value.type.as_pointer())
             target = builder.gep(parts, [ir.Constant(INT32, number)])
             builder.store(part.value, target, align=out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(out, place, low, high, stream, key, limit, distribution), generate
+    types_of = out, place, low, high, stream, key, numbers, distribution, constants
+    return types.void(*types_of), generate
 
 
-def fill(out, first, row_stride, key, stream, distribution, limit):
-    """Row r of out, C-contiguous (rows, columns), gets the elements from first + r * row_stride on."""
-    lanes = 2 if out.itemsize == 8 else 4
-    size = BLOCKS * lanes
-    flat, part = out.reshape(-1), np.empty(size, out.dtype)
-    rows, columns = out.shape
-    for row in range(rows):
-        done = 0
-        while done < columns:
-            start = first + np.uint64(row) * row_stride + np.uint64(done)
-            block, phase = start // np.uint64(lanes), np.int64(start % np.uint64(lanes))
-            low, high = np.int64(block % np.uint64(2**32)), block // np.uint64(2**32)
-            left = min(columns - done, (2**32 - low) * lanes - phase)  # with this high word
-            whole = 0 if phase else left // size
-            target, place, packets = (flat, row * columns + done, whole) if whole else (part, 0, 1)
-            if distribution == TRUNCATED_NORMAL:
+def make_fill(distribution: int, constants: int) -> Callable[..., None]:
+    """The function to compile for a distribution."""
+
+    def fill(out, first, row_stride, key, stream, numbers):
+        """Row r of out, C-contiguous (rows, columns), gets the elements from first + r * row_stride on."""
+        lanes = 2 if out.itemsize == 8 else 4
+        size = BLOCKS * lanes
+        flat, part = out.reshape(-1), np.empty(size, out.dtype)
+        rows, columns = out.shape
+        for row in range(rows):
+            done = 0
+            while done < columns:
+                start = first + np.uint64(row) * row_stride + np.uint64(done)
+                block, phase = start // np.uint64(lanes), np.int64(start % np.uint64(lanes))
+                low, high = np.int64(block % np.uint64(2**32)), block // np.uint64(2**32)
+                left = min(columns - done, (2**32 - low) * lanes - phase)  # with this high word
+                whole = 0 if phase else left // size
+                target, place, packets = (flat, row * columns + done, whole) if whole else (part, 0, 1)
                 for i in range(packets):
-                    store_packet(
-                        target, place + i * size, low + i * BLOCKS, high, stream, key, limit, TRUNCATED_NORMAL
-                    )
-            else:
-                for i in range(packets):
-                    store_packet(
-                        target, place + i * size, low + i * BLOCKS, high, stream, key, limit, UNIFORM
-                    )
-            if whole:
-                done += whole * size
-            else:
-                count = min(size - phase, left)
-                # Cut first: an index that Python would let be negative costs LLVM its vector stores.
-                made, wanted = part[phase : phase + count], out[row, done : done + count]
-                for i in range(count):
-                    wanted[i] = made[i]
-                done += count
+                    to, first_low = place + i * size, low + i * BLOCKS
+                    store_packet(target, to, first_low, high, stream, key, numbers, distribution, constants)
+                if whole:
+                    done += whole * size
+                else:
+                    count = min(size - phase, left)
+                    # Cut first: an index that Python would let be negative costs LLVM its vector stores.
+                    made, wanted = part[phase : phase + count], out[row, done : done + count]
+                    for i in range(count):
+                        wanted[i] = made[i]
+                    done += count
+
+    return fill
 
 
 @cache
-def kernel(dtype: np.dtype) -> Callable[..., None]:
-    """The compiled function for a dtype: from Numba's cache on disk, else compiled now, which takes a second.
+def kernel(dtype: np.dtype, distribution: int) -> Callable[..., None]:
+    """The compiled function: from Numba's cache on disk, else compiled now, which takes a second or two.
 
-    Called as kernel(out, first, row_stride, key, stream, distribution, limit), see `fill`.
+    Called as kernel(out, first, row_stride, key, stream, numbers), see `make_fill`.
     """
     try:
-        return compile_kernel(dtype, cache=True)
+        return compile_kernel(dtype, distribution, cache=True)
     except Exception:  # none of the cache's directories can be written, or what lies there cannot be read
-        return compile_kernel(dtype, cache=False)
+        return compile_kernel(dtype, distribution, cache=False)
 
 
-def compile_kernel(dtype: np.dtype, cache: bool) -> Callable[..., None]:
-    _, written, limit = ENTRIES[dtype]
-    u64 = types.uint64
-    signature = types.void(numba_type(written)[:, ::1], u64, u64, u64, u64, types.uint32, numba_type(limit))
+def compile_kernel(dtype: np.dtype, distribution: int, cache: bool) -> Callable[..., None]:
+    _, written, sample = ENTRIES[dtype]
+    u64, number = types.uint64, numba_type(sample)
+    split = types.int64 if sample is np.float64 else types.int32
+    numbers = types.Tuple([number] * 9 + [split] if distribution >= NORMAL else [number])
+    signature = types.void(numba_type(written)[:, ::1], u64, u64, u64, u64, numbers)
+    fill = make_fill(distribution, constants(np.dtype(sample), distribution))
     # Without Python's check for a division by zero.
     compiled: Callable[..., None] = numba.njit(signature, error_model="numpy", nogil=True, cache=cache)(fill)
     return compiled
+
+
+def constants(sample_type: np.dtype, distribution: int) -> int:
+    """A checksum of all that the compiled function takes from elsewhere."""
+    philox = PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1, PHILOX_ROUNDS
+    layout = [number.tolist() for number in segments(sample_type)[1:]] if distribution >= NORMAL else []
+    written = repr((philox, R, Y, N, Q, R64, N64, Q64, layout, distribution)).encode()
+    table = normal_table(sample_type).tobytes() if distribution >= NORMAL else b""
+    return crc32(table, crc32(written))

@@ -145,18 +145,20 @@ def find_kernel_problem(cupy: Any) -> str | None:
     try:
         cuda.kernel("float32").compile()
     except Exception as error:
-        # These pass, and must not be remembered.
-        if "out of memory" in str(error).lower():
-            raise MemoryError(
-                f"the CUDA device has no memory left for the kernel ({describe(error)})"
-            ) from error
-        if "captur" in str(error).lower():
-            raise RuntimeError(
-                f"the kernel cannot be loaded while a CUDA graph is captured ({describe(error)}). "
-                "Make an array on the device before the capture"
-            ) from error
+        refuse_passing(error)
         return explain_kernel_error(error)
     return None
+
+
+def refuse_passing(error: Exception) -> None:
+    """Raise what passes, and must not be remembered."""
+    if "out of memory" in str(error).lower():
+        raise MemoryError(f"the CUDA device has no memory left for the kernel ({describe(error)})") from error
+    if "captur" in str(error).lower():
+        raise RuntimeError(
+            f"the kernel cannot be loaded while a CUDA graph is captured ({describe(error)}). "
+            "Make an array of this distribution on the device before the capture"
+        ) from error
 
 
 def explain_kernel_error(error: Exception) -> str:

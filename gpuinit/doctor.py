@@ -27,13 +27,21 @@ from gpuinit.backends import cpu, cuda
 STREAM_FORMAT = 2
 SHAPE = (1000, 1001)
 
-# SHA-256 of the little-endian bytes with seed 0. tests/test_doctor.py holds them equal to tests/golden.json.
-GOLDEN = (
-    ("he_normal", "float32", "0fd6a45f0f8216f2018159ab6836f4cc0ca9fe3b6aa3fc700f888ec680c986bd"),
-    ("he_uniform", "float32", "55ba179f94ad68b120c027894f999c183ba5b14a37b0420a5600ee4c36f1eb74"),
-    ("he_normal", "float16", "09ab6a4bc2a3b1c6f7946a6cf923c5eff4db53747cb11aa46e8bb39701354078"),
-    ("he_normal", "bfloat16", "feba4a19339be56f945dfafc9d01bad448623ef6e44bc327569fc68838a715ea"),
-    ("he_normal", "float64", "188574d4035886a4183b813dac333e7bfadfc5593c1a550a152c5160915d8d91"),
+UNIT = {"stddev": 1.0}
+CUT = {"stddev": 1.0, "lower": -3.0, "upper": 3.0}
+
+# Function, dtype, SHA-256 of the little-endian bytes with seed 0, and further arguments. tests/test_doctor.py
+# holds them equal to tests/golden.json.
+GOLDEN: tuple[tuple[str, str, str, dict[str, float]], ...] = (
+    ("he_normal", "float32", "0fd6a45f0f8216f2018159ab6836f4cc0ca9fe3b6aa3fc700f888ec680c986bd", {}),
+    ("he_uniform", "float32", "55ba179f94ad68b120c027894f999c183ba5b14a37b0420a5600ee4c36f1eb74", {}),
+    ("he_normal", "float16", "09ab6a4bc2a3b1c6f7946a6cf923c5eff4db53747cb11aa46e8bb39701354078", {}),
+    ("he_normal", "bfloat16", "feba4a19339be56f945dfafc9d01bad448623ef6e44bc327569fc68838a715ea", {}),
+    ("he_normal", "float64", "188574d4035886a4183b813dac333e7bfadfc5593c1a550a152c5160915d8d91", {}),
+    ("normal", "float32", "b8c2fe816cee8d7e38a5df697ba4b7b89ce890b8ec45463212ff4f5769d228d0", UNIT),
+    ("normal", "bfloat16", "4958e5455f356280caf9ebf7d7d7aabc9ba3320d708359329934ffb99555fac6", UNIT),
+    ("normal", "float64", "a8388f2c780cd2dc4cbb466c3dc6e12f05c354cfa992c080c465812d790c8bad", UNIT),
+    ("truncated_normal", "float32", "53bb7f9acec0ba511d351551337e829754abb9b0cef3e5d5fe8e7ca896a66bfb", CUT),
 )
 
 REPORT = "Please report it with `gpuinit doctor --json`"
@@ -218,11 +226,12 @@ def check_compiler() -> dict[str, str]:
     architecture = cuda.OFFLINE_ARCHITECTURE
     start = time.perf_counter()
     try:
-        cuda.compile_offline(cuda.source(), cuda.compiler_options(architecture))
+        for shifted in (False, True):
+            cuda.compile_offline(cuda.source(shifted), cuda.compiler_options(architecture))
     except Exception as error:
         return result("cuda, nvrtc", FAILED, devices.explain_kernel_error(error))
     seconds = time.perf_counter() - start
-    return result("cuda, nvrtc", OK, f"the kernel compiles for sm_{architecture}, {seconds:.1f} s")
+    return result("cuda, nvrtc", OK, f"both kernels compile for sm_{architecture}, {seconds:.1f} s")
 
 
 def has_cupy() -> bool:
@@ -252,8 +261,8 @@ def cuda_need_not_work() -> bool:
 def check_bytes(backend: str, device: str) -> dict[str, str]:
     """Make the golden arrays on a backend and compare their digests."""
     try:
-        for function, dtype, digest in GOLDEN:
-            weights = getattr(gpuinit, function)(SHAPE, seed=0, dtype=dtype, device=device)
+        for function, dtype, digest, arguments in GOLDEN:
+            weights = getattr(gpuinit, function)(SHAPE, **arguments, seed=0, dtype=dtype, device=device)
             host = weights if isinstance(weights, np.ndarray) else weights.get()
             little = host.astype(host.dtype.newbyteorder("<"), copy=False)
             if hashlib.sha256(little.tobytes()).hexdigest() != digest:

@@ -1,19 +1,14 @@
-"""Shape and axes to fans; fans to the width of the distribution."""
+"""Shape and axes to fans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import prod
 from typing import SupportsIndex
 
 from gpuinit.stream import as_integers
 
 Axes = SupportsIndex | Sequence[SupportsIndex]
-
-# Standard deviation of the unit normal truncated at +-2: sqrt(1 - 4*phi(2) / (2*Phi(2) - 1)), where phi and
-# Phi are the normal density and distribution function. tests/test_fans.py derives it. Keras and JAX divide
-# by .87962566103423978, which is the same float64.
-TRUNCATED_STD = 0.87962566103423976
 
 DEFAULT_AXES = ((-2,), (-1,), ())
 
@@ -62,16 +57,3 @@ def fans(shape: tuple[int, ...], in_axis: Axes, out_axis: Axes, batch_axis: Axes
 def size_without(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     left_out = {axis % len(shape) for axis in axes}
     return prod([length for axis, length in enumerate(shape) if axis not in left_out])
-
-
-def parent_std(scale: float, fan: float) -> float:
-    """Standard deviation of the normal that, cut at two of them, has variance scale / fan.
-
-    A fan below 1 counts as 1, as in Keras.
-    """
-    return sqrt(scale / max(1, fan)) / TRUNCATED_STD
-
-
-def uniform_limit(scale: float, fan: float) -> float:
-    """The limit of the uniform distribution on [-limit, limit] that has variance scale / fan."""
-    return sqrt(3 * scale / max(1, fan))

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from gpuinit import devices, quantile
+from gpuinit import devices
 from gpuinit.backends import cpu, cuda
-from gpuinit.fans import Axes, fans, parent_std, uniform_limit
+from gpuinit.distributions import (
+    GLOROT_NORMAL,
+    GLOROT_UNIFORM,
+    HE_NORMAL,
+    HE_UNIFORM,
+    LECUN_NORMAL,
+    LECUN_UNIFORM,
+    Draw,
+    Recipe,
+    draw_of,
+    find_sampling,
+    parse_normal,
+    parse_recipe,
+    parse_uniform,
+)
+from gpuinit.fans import Axes, fans
 from gpuinit.stream import MAX_SIZE, Index, parse_index, parse_name, parse_seed, parse_shape, runs
 
 Shape = SupportsIndex | Sequence[SupportsIndex]
@@ -22,8 +35,7 @@ Shape = SupportsIndex | Sequence[SupportsIndex]
 DTYPES = {
     dtype.name: dtype for dtype in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 }
-MODES = ("fan_in", "fan_out", "fan_avg")
-DISTRIBUTIONS = {"truncated_normal": quantile.TRUNCATED_NORMAL, "uniform": quantile.UNIFORM}
+UNMADE = object()  # as `out`: check everything, make nothing and return what would be drawn
 
 
 def he_normal(
@@ -88,21 +100,7 @@ def he_normal(
         He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852;
         `keras.initializers.HeNormal`; the fans of `jax.nn.initializers.variance_scaling`.
     """
-    return scaled(
-        shape,
-        2.0,
-        "fan_in",
-        "truncated_normal",
-        seed,
-        name,
-        dtype,
-        device,
-        out,
-        index,
-        in_axis,
-        out_axis,
-        batch_axis,
-    )
+    return scaled(shape, HE_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def he_uniform(
@@ -127,9 +125,7 @@ def he_uniform(
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015;
     `keras.initializers.HeUniform`.
     """
-    return scaled(
-        shape, 2.0, "fan_in", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
-    )
+    return scaled(shape, HE_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def glorot_normal(
@@ -154,21 +150,7 @@ def glorot_normal(
     References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010; `keras.initializers.GlorotNormal`.
     """
-    return scaled(
-        shape,
-        1.0,
-        "fan_avg",
-        "truncated_normal",
-        seed,
-        name,
-        dtype,
-        device,
-        out,
-        index,
-        in_axis,
-        out_axis,
-        batch_axis,
-    )
+    return scaled(shape, GLOROT_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def glorot_uniform(
@@ -193,9 +175,7 @@ def glorot_uniform(
     References: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010; `keras.initializers.GlorotUniform`.
     """
-    return scaled(
-        shape, 1.0, "fan_avg", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
-    )
+    return scaled(shape, GLOROT_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def lecun_normal(
@@ -220,21 +200,7 @@ def lecun_normal(
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
     `keras.initializers.LecunNormal`.
     """
-    return scaled(
-        shape,
-        1.0,
-        "fan_in",
-        "truncated_normal",
-        seed,
-        name,
-        dtype,
-        device,
-        out,
-        index,
-        in_axis,
-        out_axis,
-        batch_axis,
-    )
+    return scaled(shape, LECUN_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def lecun_uniform(
@@ -259,9 +225,7 @@ def lecun_uniform(
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998;
     `keras.initializers.LecunUniform`.
     """
-    return scaled(
-        shape, 1.0, "fan_in", "uniform", seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
-    )
+    return scaled(shape, LECUN_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
 def variance_scaling(
@@ -282,26 +246,59 @@ def variance_scaling(
 ) -> Any:
     """Weights of variance scale / fan: the general case of the six above.
 
-        "truncated_normal"  std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
-        "uniform"           limit = sqrt(3 * scale / fan), in [-limit, limit]
+        "truncated_normal"    std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
+        "untruncated_normal"  std = sqrt(scale / fan)
+        "uniform"             limit = sqrt(3 * scale / fan), in [-limit, limit]
 
     Args:
         scale: A finite number > 0.
-        mode: "fan_in", "fan_out" or "fan_avg", the mean of the two.
-        distribution: "truncated_normal" or "uniform".
+        mode: "fan_in", "fan_out", "fan_avg", the mean of the two, or "fan_geo_avg", their geometric mean.
+        distribution: One of the three above.
 
     The other arguments, the result and the errors are those of `he_normal`.
 
-    References: `keras.initializers.VarianceScaling`, `jax.nn.initializers.variance_scaling`.
+    References: `keras.initializers.VarianceScaling`, `jax.nn.initializers.variance_scaling`, whose "normal"
+    is "untruncated_normal" here.
     """
-    return scaled(
-        shape, scale, mode, distribution, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis
-    )
+    recipe = parse_recipe(scale, mode, distribution)
+    return scaled(shape, recipe, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
+
+
+def normal(
+    shape: Shape,
+    stddev: float = 0.05,
+    mean: float = 0.0,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
+) -> Any:
+    """Weights of a normal distribution that is not cut, whatever the fans.
+
+        weight = mean + stddev * z,  z from the unit normal
+
+    The largest z is 6.34 in float32, where a weight comes of 32 random bits, and 9.16 in float64.
+
+    Args:
+        stddev: A finite number >= 0, or a 0-d array of any library; the default is Keras's.
+        mean: A finite number, likewise.
+
+    The other arguments, the result and the errors are those of `he_normal`.
+
+    References: `keras.initializers.RandomNormal`, `jax.nn.initializers.normal`, `torch.nn.init.normal_`.
+    """
+    return make(parse_shape(shape), parse_normal(stddev, mean), seed, name, dtype, device, out, index)
 
 
 def truncated_normal(
     shape: Shape,
     stddev: float = 0.05,
+    mean: float = 0.0,
+    lower: float = -2.0,
+    upper: float = 2.0,
     *,
     seed: SupportsIndex | None = None,
     name: str | None = None,
@@ -310,39 +307,41 @@ def truncated_normal(
     out: Any = None,
     index: Index | None = None,
 ) -> Any:
-    """Weights of a normal distribution truncated at two standard deviations, whatever the fans.
+    """Weights of a normal distribution that is cut at two bounds, whatever the fans.
 
-        weight = stddev * z,  z from the unit normal truncated to [-2, 2]
+        weight = mean + stddev * z,  z from the unit normal truncated to [lower, upper]
 
-    stddev is that of the normal before it is cut, as in Keras; that of the weights is 0.8796 times as large.
-    No weight is beyond +-2 * stddev; both ends can be reached.
+    stddev is that of the normal before it is cut, as in Keras and JAX; that of the weights is 0.8796 times as
+    large with the default bounds. No weight is beyond mean + lower * stddev or mean + upper * stddev, in
+    float32 before it is rounded to 16 bits. Bounds that are equal give the constant. Where no number of
+    float32 (float64 for float64) lies between the two, all weights are the number nearest to their middle;
+    where few do, there are few different weights.
 
     Args:
-        stddev: A finite number >= 0; the default is Keras's.
+        stddev: A finite number >= 0, or a 0-d array of any library; the default is Keras's.
+        mean: A finite number, likewise.
+        lower: The lower bound in standard deviations from the mean, as in JAX; -infinity for none.
+        upper: The upper bound, at least lower; infinity for none. Bounds of +-6.34 and more (9.16 in
+            float64) cut nothing, and give the bits of `normal`.
 
-    The other arguments, the result and the errors are those of `he_normal`.
+    The other arguments, the result and the errors are those of `he_normal`, and
 
-    References: `keras.initializers.TruncatedNormal`.
+    Raises:
+        ValueError: Bounds with less than 2**-93 of the normal's probability between them, or further out than
+            its tail of 2**-64: some 6.2 standard deviations where one of them is infinite, 9.1 elsewhere.
+
+    References: `keras.initializers.TruncatedNormal`, `jax.nn.initializers.truncated_normal`.
     """
-    width = parse_number("stddev", stddev)
-    return make(
-        parse_shape(shape),
-        "truncated_normal",
-        ("stddev", stddev),
-        width,
-        seed,
-        name,
-        dtype,
-        device,
-        out,
-        index,
-    )
+    draw = parse_normal(stddev, mean, lower, upper)
+    return make(parse_shape(shape), draw, seed, name, dtype, device, out, index)
 
 
 def uniform(
     shape: Shape,
-    limit: float = 0.05,
-    *,
+    *ends: float,
+    low: float | None = None,
+    high: float | None = None,
+    limit: float | None = None,
     seed: SupportsIndex | None = None,
     name: str | None = None,
     dtype: npt.DTypeLike | None = None,
@@ -350,33 +349,28 @@ def uniform(
     out: Any = None,
     index: Index | None = None,
 ) -> Any:
-    """Weights of the uniform distribution on [-limit, limit], whatever the fans. Both ends can be reached.
+    """Weights of a uniform distribution, whatever the fans. Both ends can be reached.
+
+        uniform(shape, limit)      in [-limit, limit]
+        uniform(shape, low, high)  in [low, high]
 
     Args:
-        limit: A finite number >= 0; the default is that of Keras's `RandomUniform`.
+        *ends: One limit, or two ends; these have names too.
+        low: A finite number, or a 0-d array of any library.
+        high: A finite number >= low, likewise.
+        limit: A finite number >= 0, likewise; the default is 0.05, that of Keras's `RandomUniform`.
 
     The other arguments, the result and the errors are those of `he_normal`.
+
+    References: `keras.initializers.RandomUniform`, `torch.nn.init.uniform_`.
     """
-    width = parse_number("limit", limit)
-    return make(
-        parse_shape(shape),
-        "uniform",
-        ("limit", limit),
-        width,
-        seed,
-        name,
-        dtype,
-        device,
-        out,
-        index,
-    )
+    draw = parse_uniform(ends, low, high, limit)
+    return make(parse_shape(shape), draw, seed, name, dtype, device, out, index)
 
 
 def scaled(
     shape: Shape,
-    scale: float,
-    mode: str,
-    distribution: str,
+    recipe: Recipe,
     seed: SupportsIndex | None,
     name: str | None,
     dtype: npt.DTypeLike | None,
@@ -387,90 +381,53 @@ def scaled(
     out_axis: Axes,
     batch_axis: Axes,
 ) -> Any:
-    """What variance_scaling and the six above have in common. A keyword is slow to hand on."""
+    """What variance_scaling and the six above have in common. By place, as a keyword is slow to hand on."""
     parsed = parse_shape(shape)
-    width = parse_scaling(parsed, scale, mode, distribution, in_axis, out_axis, batch_axis)
-    return make(parsed, distribution, ("scale", scale), width, seed, name, dtype, device, out, index)
+    draw = draw_of(recipe, *fans(parsed, in_axis, out_axis, batch_axis))
+    return make(parsed, draw, seed, name, dtype, device, out, index)
 
 
 def make(
     shape: tuple[int, ...],
-    distribution: str,
-    width_source: tuple[str, float],
-    width: float,
-    seed: SupportsIndex | None,
-    name: str | None,
-    dtype: npt.DTypeLike | None,
-    device: object,
-    out: Any,
-    index: Index | None,
+    draw: Draw,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    dtype: npt.DTypeLike | None = None,
+    device: object = None,
+    out: Any = None,
+    index: Index | None = None,
 ) -> Any:
-    """Check what is left to check, then fill one array.
-
-    width is the standard deviation of the normal before truncation, or the limit of the uniform; it comes
-    from an argument of this name and value.
-    """
+    """Check what is left to check, then fill one array."""
     key, stream = parse_seed(seed), parse_name(name)
     starts, lengths, part = parse_index(index, shape)
     wanted = None if dtype is None else parse_dtype(dtype)
     if out is None:
         made_of = DTYPES["float32"] if wanted is None else wanted
-        limit = parse_limit(distribution, width_source, width, made_of)
+        sampling = find_sampling(draw, made_of)
         number = devices.resolve(device)
         if math.prod(part) * made_of.itemsize > MAX_SIZE:
             raise ValueError(f"shape must leave fewer than 2**63 bytes to make, got {shape}")
         backend = cpu if number is devices.CPU else cuda
         result = filled = backend.empty(part, made_of, number)
+    elif out is UNMADE:
+        find_sampling(draw, DTYPES["float32"] if wanted is None else wanted)
+        return draw
     else:
         filled, number = adopt_out(out, part, wanted, device)
-        limit = parse_limit(distribution, width_source, width, filled.dtype)
+        sampling = find_sampling(draw, filled.dtype)
         backend = cpu if number is devices.CPU else cuda
         result = out
     if filled.size:
-        backend.fill(
-            filled,
-            runs(shape, starts, lengths),
-            key,
-            stream,
-            DISTRIBUTIONS[distribution],
-            limit,
-        )
+        backend.fill(filled, runs(shape, starts, lengths), (key, stream, *sampling))
     return result
 
 
-def parse_scaling(
-    shape: tuple[int, ...],
-    scale: float,
-    mode: str,
-    distribution: str,
-    in_axis: Axes,
-    out_axis: Axes,
-    batch_axis: Axes,
-) -> float:
-    """The width that `variance_scaling` asks for: the standard deviation of the normal, or the limit."""
-    factor = parse_number("scale", scale)
-    if factor == 0:
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-    fan_in, fan_out = fans(shape, in_axis, out_axis, batch_axis)
-    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
-    return (parent_std if distribution == "truncated_normal" else uniform_limit)(factor, fan)
-
-
-def parse_number(argument: str, value: float) -> float:
-    wanted = f"{argument} must be a finite number >= 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{wanted}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{wanted}, got {value!r}") from None
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{wanted}, got {value!r}")
-    return number
+def find_draw(function: Callable[..., Any], shape: Shape, **arguments: Any) -> Draw:
+    """What a function of gpuinit, or a partial of one, would draw. Nothing is made, and all but
+    device and out is checked as in the call.
+    """
+    draw: Draw = function(shape, out=UNMADE, **arguments)
+    return draw
 
 
 def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
@@ -484,20 +441,6 @@ def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
     if parsed not in DTYPES.values():
         raise ValueError(wanted)
     return parsed
-
-
-@lru_cache(maxsize=256)  # tensors of one model share their widths, and np.errstate is slow
-def parse_limit(distribution: str, source: tuple[str, float], width: float, dtype: np.dtype) -> float:
-    """The largest weight, in the arithmetic of the sample: float64 for float64, else float32."""
-    kind = np.float64 if dtype == np.float64 else np.float32
-    with np.errstate(all="ignore"):
-        limit = kind(width) * kind(2 if distribution == "truncated_normal" else 1)
-        if not np.isfinite(np.asarray(limit).astype(dtype)):
-            argument, value = source
-            raise ValueError(
-                f"{argument} must leave the weights finite in {dtype.name}, got {argument} {value!r}"
-            )
-    return float(limit)
 
 
 def adopt_out(

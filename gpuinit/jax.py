@@ -10,6 +10,9 @@ and "unsafe_rbg" generators the first two count; those of `jax.random.key(n, imp
 
 Eagerly the weights are made on the device of the key: a CPU, or a GPU through CuPy, without a copy. Under
 `jit`, `vmap` and the like the host makes them when the program runs, in a callback; a GPU gets a copy then.
+
+Of `jax.nn.initializers`, orthogonal, delta_orthogonal and complex dtypes are not offered; `zeros`, `ones` and
+`constant` are JAX's own.
 """
 
 from __future__ import annotations
@@ -29,31 +32,46 @@ except ModuleNotFoundError as error:
     raise ImportError('gpuinit.jax needs JAX. To install it: pip install "gpuinit[jax]"') from error
 
 from jax import numpy as jnp
+from jax.nn.initializers import constant, ones, zeros
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 import gpuinit
-from gpuinit.fans import TRUNCATED_STD, Axes
-from gpuinit.initializers import Shape, parse_dtype
+from gpuinit import initializers
+from gpuinit.distributions import TRUNCATED_STD, Uniform, parse_normal, parse_number, parse_recipe
+from gpuinit.fans import Axes
+from gpuinit.initializers import Shape, find_draw, parse_dtype
 from gpuinit.memory import empty_aligned
 from gpuinit.rules import Rule, find_rule, parse_rules, refuse_uncovered
-from gpuinit.stream import Index, as_integer, parse_index, parse_seed, parse_shape
+from gpuinit.stream import Index, as_integer, as_integers, parse_index, parse_seed, parse_shape
 
 __all__ = [
     "DEFAULT_RULES",
+    "constant",
     "glorot_normal",
     "glorot_uniform",
     "he_normal",
     "he_uniform",
     "initialize",
+    "kaiming_normal",
+    "kaiming_uniform",
     "lecun_normal",
     "lecun_uniform",
+    "normal",
+    "ones",
     "sharded",
     "truncated_normal",
+    "uniform",
     "variance_scaling",
+    "xavier_normal",
+    "xavier_uniform",
+    "zeros",
 ]
 
 Initializer = Callable[..., jax.Array]
 Fill = Callable[..., Any]  # a function of gpuinit, such as gpuinit.he_normal, or a partial of one
+
+# JAX's words for what is drawn, and those of the core.
+WORDS = {"truncated_normal": "truncated_normal", "normal": "untruncated_normal", "uniform": "uniform"}
 
 
 def called(*words: str) -> Callable[[Any, str], bool]:
@@ -140,28 +158,75 @@ def variance_scaling(
 ) -> Initializer:
     """Weights of variance scale / fan: the arguments of `jax.nn.initializers.variance_scaling`.
 
-    mode is "fan_in", "fan_out" or "fan_avg", distribution "truncated_normal" or "uniform"; JAX's
-    "fan_geo_avg" and "normal" are not offered. All else is as in `he_normal`.
+        "truncated_normal"  std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
+        "normal"            std = sqrt(scale / fan); "untruncated_normal" elsewhere in gpuinit
+        "uniform"           limit = sqrt(3 * scale / fan), in [-limit, limit]
+
+    Args:
+        scale: A finite number > 0, or a 0-d array whose value is known when this is called.
+        mode: "fan_in", "fan_out", "fan_avg" or "fan_geo_avg".
+        distribution: One of the three above.
+
+    All else is as in `he_normal`; what is wrong with these three is said at once.
     """
-    fill = partial(
-        gpuinit.variance_scaling,
-        scale=scale,
-        mode=mode,
-        distribution=distribution,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    if not isinstance(distribution, str) or distribution not in WORDS:
+        raise ValueError(f"distribution must be one of {', '.join(WORDS)}, got {distribution!r}")
+    recipe = parse_recipe(scale, mode, WORDS[distribution])
+
+    def fill(shape: tuple[int, ...], **where: Any) -> Any:
+        axes = divide_by_shared(len(shape), in_axis, out_axis, batch_axis)
+        return gpuinit.variance_scaling(shape, **recipe._asdict(), **axes, **where)
+
     return initializer_of(fill, dtype)
 
 
-def truncated_normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
-    """A normal distribution truncated at two of its standard deviations, whatever the fans.
+def divide_by_shared(ndim: int, in_axis: Axes, out_axis: Axes, batch_axis: Axes) -> dict[str, Any]:
+    """JAX lets an axis be both in and out, as Flax does for its Embed: it then counts for neither fan."""
+    axes = {"in_axis": in_axis, "out_axis": out_axis, "batch_axis": batch_axis}
+    inputs, outputs, batch = (as_integers(given, f"{word} must be axes") for word, given in axes.items())
+    if not all(-ndim <= axis < ndim for axis in (*inputs, *outputs)):  # the default ones, or an error to come
+        return axes
+    shared = {axis % ndim for axis in inputs} & {axis % ndim for axis in outputs}
+    if not shared:
+        return axes
+    kept = (tuple(axis for axis in given if axis % ndim not in shared) for given in (inputs, outputs))
+    return dict(zip(axes, (*kept, (*batch, *shared)), strict=True))
 
-    As `jax.nn.initializers.truncated_normal` with its default bounds: stddev is that before truncation. What
-    it returns is as for `he_normal`.
+
+def normal(stddev: float = 1e-2, dtype: Any = None) -> Initializer:
+    """A normal distribution that is not cut, whatever the fans: as `jax.nn.initializers.normal`.
+
+    stddev is a finite number >= 0, or a 0-d array whose value is known when this is called. What it returns
+    is as for `he_normal`, with the bits of `gpuinit.normal`.
     """
-    return initializer_of(partial(gpuinit.truncated_normal, stddev=stddev), dtype)
+    return initializer_of(partial(initializers.make, draw=parse_normal(stddev)), dtype)
+
+
+def truncated_normal(
+    stddev: float = 1e-2, dtype: Any = None, lower: float = -2.0, upper: float = 2.0
+) -> Initializer:
+    """A normal distribution cut at lower * stddev and upper * stddev, whatever the fans.
+
+    As `jax.nn.initializers.truncated_normal`: stddev is that before the cut. Both ends can be reached. What
+    it returns is as for `he_normal`, with the bits, the bounds and the errors of `gpuinit.truncated_normal`.
+    """
+    return initializer_of(partial(initializers.make, draw=parse_normal(stddev, 0.0, lower, upper)), dtype)
+
+
+def uniform(scale: float = 1e-2, dtype: Any = None) -> Initializer:
+    """Uniform in [0, scale], whatever the fans: as `jax.nn.initializers.uniform`, but scale can be reached.
+
+    scale is a finite number >= 0, or a 0-d array whose value is known when this is called. What it returns is
+    as for `he_normal`, with the bits of `gpuinit.uniform(shape, 0, scale)`.
+    """
+    high = parse_number("scale", scale, least=0)
+    return initializer_of(partial(initializers.make, draw=Uniform(0.0, high, ("scale", high))), dtype)
+
+
+kaiming_normal = he_normal
+kaiming_uniform = he_uniform
+xavier_normal = glorot_normal
+xavier_uniform = glorot_uniform
 
 
 def initializer_of(fill: Fill, default_dtype: Any, name: str | None = None) -> Initializer:
@@ -172,8 +237,7 @@ def initializer_of(fill: Fill, default_dtype: Any, name: str | None = None) -> I
         parsed = parse_shape(shape)
         made_of = canonical_dtype(default_dtype if dtype is None else dtype)
         if isinstance(words, jax.core.Tracer):
-            nothing = (slice(0, 0),) * len(parsed)
-            fill(parsed, seed=0, dtype=made_of, device="cpu", index=nothing)  # an error is raised here
+            find_draw(fill, parsed, dtype=made_of)  # an error is raised here
             if out_sharding is None:
                 return traced(fill, words, parsed, made_of)
             return traced_shards(

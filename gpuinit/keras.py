@@ -9,6 +9,10 @@ integer or None gives the same weights on every call of one instance, as in Kera
 that share it start equal. Give each its own, or a `keras.random.SeedGenerator`, or use `initialize`.
 
 The tensor is one of the active backend, on its device: on a GPU made there through CuPy and not copied.
+
+The classes have Keras's lower-case names too, `he_normal` for `HeNormal`. Zeros, Ones and Constant are
+Keras's own; of the others of `keras.initializers`, Orthogonal, Identity and STFT are not offered,
+nor are `get` and its relatives, which know Keras's classes.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod, sqrt
+from math import prod
 from types import FunctionType
 from typing import Any, SupportsIndex
 
@@ -32,39 +36,55 @@ except ModuleNotFoundError as error:
     ) from error
 
 from keras import initializers, layers
+from keras.initializers import Constant, Ones, Zeros, constant, ones, zeros
 
-import gpuinit
-from gpuinit.fans import DEFAULT_AXES, TRUNCATED_STD, fans, parent_std, uniform_limit
-from gpuinit.initializers import DTYPES, parse_dtype
+from gpuinit.distributions import TRUNCATED_STD, Draw, draw_of, parse_normal, parse_recipe, parse_uniform
+from gpuinit.fans import DEFAULT_AXES, fans
+from gpuinit.initializers import DTYPES, make, parse_dtype
 from gpuinit.memory import empty_aligned
 from gpuinit.rules import Report, Row, Rule, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import as_integer, parse_seed, parse_shape
 
 __all__ = [
     "DEFAULT_RULES",
+    "Constant",
     "GlorotNormal",
     "GlorotUniform",
     "HeNormal",
     "HeUniform",
     "LecunNormal",
     "LecunUniform",
+    "Ones",
+    "RandomNormal",
+    "RandomUniform",
     "Report",
     "Row",
     "TruncatedNormal",
     "VarianceScaling",
+    "Zeros",
+    "constant",
+    "glorot_normal",
+    "glorot_uniform",
+    "he_normal",
+    "he_uniform",
     "initialize",
+    "lecun_normal",
+    "lecun_uniform",
+    "ones",
+    "random_normal",
+    "random_uniform",
+    "truncated_normal",
+    "variance_scaling",
+    "zeros",
 ]
-
-Fill = Callable[..., Any]  # a function of gpuinit, or a partial of one
 
 register = keras.saving.register_keras_serializable(package="gpuinit")
 
 
-class Draw:
-    """The call that all share. A subclass has `fill`, which draws, and `std`, the deviation of that."""
+class Drawn:
+    """The call that all share. A subclass has `draw`, which says what is drawn for a shape."""
 
-    fill: Callable[[tuple[int, ...]], Fill]
-    std: Callable[[tuple[int, ...]], float]
+    draw: Callable[[tuple[int, ...]], Draw]
 
     def __call__(self, shape: Any, dtype: Any = None, layout: Any = None) -> Any:
         """A tensor of the active backend.
@@ -75,52 +95,33 @@ class Draw:
             layout: With the JAX backend, a `keras.distribution.TensorLayout` or a sharding: every device
                 makes its own shard.
         """
-        return self.draw(shape, dtype, layout, seed_of(self.seed), None)  # type: ignore[attr-defined]
+        return self.named(shape, dtype, layout, seed_of(self.seed), None)  # type: ignore[attr-defined]
 
-    def draw(self, shape: Any, dtype: Any, layout: Any, seed: Any, name: str | None) -> Any:
+    def named(self, shape: Any, dtype: Any, layout: Any, seed: Any, name: str | None) -> Any:
         """The same, from the stream of a name."""
         parsed = parse_shape(shape)
-        fill = self.fill(parsed)
-        return tensor(fill, parsed, keras.backend.standardize_dtype(dtype), layout, seed, name)
+        return tensor(self.draw(parsed), parsed, keras.backend.standardize_dtype(dtype), layout, seed, name)
 
 
 @register
-class VarianceScaling(Draw, initializers.VarianceScaling):  # type: ignore[misc]
+class VarianceScaling(Drawn, initializers.VarianceScaling):  # type: ignore[misc]
     """Weights of variance scale / fan: as `keras.initializers.VarianceScaling`.
 
-    distribution is "truncated_normal", also called "normal", or "uniform"; "untruncated_normal" is refused.
+    distribution is "truncated_normal", also called "normal" as in Keras, "untruncated_normal" or "uniform".
     With input_axes and output_axes, as in Keras, the fans are the products of those axes and no others count:
     `DepthwiseConv2D` has kernels (height, width, channels, multiplier), and needs input_axes=(0, 1),
     output_axes=(0, 1, 3) for the fan_in that each of its outputs has.
     """
 
-    def fill(self, shape: tuple[int, ...]) -> Fill:
-        """Bound to the width, in which scale, mode and fans end up."""
-        distribution, width = self.width(shape)
-        if distribution == "uniform":
-            return partial(gpuinit.uniform, limit=width)
-        return partial(gpuinit.truncated_normal, stddev=width)
-
-    def std(self, shape: tuple[int, ...]) -> float:
-        """The standard deviation of the weights."""
-        distribution, width = self.width(shape)
-        return width / sqrt(3) if distribution == "uniform" else width * TRUNCATED_STD
-
-    def width(self, shape: tuple[int, ...]) -> tuple[str, float]:
-        """The distribution, and its limit or the standard deviation before truncation."""
+    def draw(self, shape: tuple[int, ...]) -> Draw:
+        """Scale, mode and fans, by the core's rule."""
         if self.input_axes is not None and self.output_axes is not None:
             fan_in, fan_out = (
                 prod(shape[axis] for axis in axes) for axes in (self.input_axes, self.output_axes)
             )
         else:
             fan_in, fan_out = fans(shape, *DEFAULT_AXES)
-        fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
-        if self.distribution == "untruncated_normal":
-            raise ValueError(
-                f"distribution must be truncated_normal or uniform here, got {self.distribution!r}"
-            )
-        width_of = uniform_limit if self.distribution == "uniform" else parent_std
-        return self.distribution, width_of(self.scale, fan)
+        return draw_of(parse_recipe(self.scale, self.mode, self.distribution), fan_in, fan_out)
 
 
 @register
@@ -154,23 +155,42 @@ class LecunUniform(VarianceScaling, initializers.LecunUniform):  # type: ignore[
 
 
 @register
-class TruncatedNormal(Draw, initializers.TruncatedNormal):  # type: ignore[misc]
-    """A normal distribution cut at two of its standard deviations: as `keras.initializers.TruncatedNormal`.
+class RandomNormal(Drawn, initializers.RandomNormal):  # type: ignore[misc]
+    """A normal distribution that is not cut, whatever the fans: as `keras.initializers.RandomNormal`."""
 
-    mean must be 0; stddev is that before the cut.
-    """
+    def draw(self, shape: tuple[int, ...]) -> Draw:
+        """mean + stddev * z, z from the unit normal; the errors are those of `gpuinit.normal`."""
+        return parse_normal(self.stddev, self.mean)
 
-    def fill(self, shape: tuple[int, ...]) -> Fill:
-        """Bound to the standard deviation."""
-        if self.mean != 0:
-            raise ValueError(
-                f"mean must be 0 here; use keras.initializers.TruncatedNormal, got {self.mean!r}"
-            )
-        return partial(gpuinit.truncated_normal, stddev=self.stddev)
 
-    def std(self, shape: tuple[int, ...]) -> float:
-        """The standard deviation of the weights."""
-        return float(self.stddev) * TRUNCATED_STD
+@register
+class TruncatedNormal(Drawn, initializers.TruncatedNormal):  # type: ignore[misc]
+    """The same, cut at two standard deviations from the mean: as `keras.initializers.TruncatedNormal`."""
+
+    def draw(self, shape: tuple[int, ...]) -> Draw:
+        """mean + stddev * z, z from the unit normal truncated to [-2, 2]; stddev is that before the cut."""
+        return parse_normal(self.stddev, self.mean, -2.0, 2.0)
+
+
+@register
+class RandomUniform(Drawn, initializers.RandomUniform):  # type: ignore[misc]
+    """A uniform distribution, whatever the fans: as `keras.initializers.RandomUniform`."""
+
+    def draw(self, shape: tuple[int, ...]) -> Draw:
+        """In [minval, maxval], finite numbers in order; both can be reached."""
+        return parse_uniform((self.minval, self.maxval), names=("minval", "maxval"))
+
+
+glorot_normal = GlorotNormal
+glorot_uniform = GlorotUniform
+he_normal = HeNormal
+he_uniform = HeUniform
+lecun_normal = LecunNormal
+lecun_uniform = LecunUniform
+random_normal = RandomNormal
+random_uniform = RandomUniform
+truncated_normal = TruncatedNormal
+variance_scaling = VarianceScaling
 
 
 def seed_of(seed: Any) -> Any:
@@ -191,23 +211,23 @@ def seed_of(seed: Any) -> Any:
     return low | high << 32
 
 
-def tensor(fill: Fill, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None) -> Any:
+def tensor(draw: Draw, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None) -> Any:
     """Filled, on the device of the active backend."""
     parse_dtype(dtype)
     backend = keras.backend.backend()
     if backend == "jax":
-        return jax_array(fill, shape, dtype, layout, seed, name)
-    make = partial(fill, shape, seed=seed, name=name, dtype=dtype)
+        return jax_array(draw, shape, dtype, layout, seed, name)
+    made = partial(make, shape, draw, seed, name, dtype)
     if backend == "torch":
-        return torch_tensor(make, shape, dtype)
+        return torch_tensor(made, shape, dtype)
     if backend == "tensorflow":
-        return tensorflow_tensor(make, shape, dtype)
-    array = make(device="cpu")
+        return tensorflow_tensor(made, shape, dtype)
+    array = made("cpu")
     return array if backend == "numpy" else keras.ops.convert_to_tensor(array)
 
 
 def jax_array(
-    fill: Fill, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
+    draw: Draw, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
 ) -> Any:
     import jax
 
@@ -217,7 +237,7 @@ def jax_array(
     if not isinstance(seed, jax.Array):
         key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
         seed = np.array([key >> 32, key % 2**32], np.uint32)
-    return gpuinit.jax.initializer_of(fill, dtype, name)(seed, shape, None, sharding)
+    return gpuinit.jax.initializer_of(partial(make, draw=draw), dtype, name)(seed, shape, None, sharding)
 
 
 def torch_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:
@@ -365,15 +385,15 @@ def apply(initializer: Any, variable: Any, key: int) -> Row:
     if initializer is not None:
         rule = type(initializer).__name__
         try:
-            if isinstance(initializer, Draw):
+            if isinstance(initializer, Drawn):
                 layout = None
                 if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:
                     layout = variable.value.sharding
-                variable.assign(initializer.draw(shape, dtype, layout, key, variable.path))
-                std = initializer.std(shape)
+                variable.assign(initializer.named(shape, dtype, layout, key, variable.path))
+                std = initializer.draw(shape).std()
             else:
                 variable.assign(initializer(shape, dtype))
-                if isinstance(initializer, initializers.Zeros | initializers.Ones | initializers.Constant):
+                if isinstance(initializer, Zeros | Ones | Constant):
                     std = 0.0
         except Exception as error:
             error.add_note(f"This is variable {variable.path}.")

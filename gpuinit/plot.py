@@ -11,78 +11,79 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import gpuinit
-from gpuinit.fans import TRUNCATED_STD, parent_std, uniform_limit
+from gpuinit.distributions import Draw, Uniform
+from gpuinit.exact import probability_within
+from gpuinit.initializers import find_draw
 
 SHAPE = (1024, 512)
 BINS = 64
+FAR = 4.5  # standard deviations from the mean, where a normal that is not cut leaves the picture
 BLUE, ORANGE, GRAY = "#4c78a8", "#d1495b", "#555555"
-
-# Scale, mode and distribution of those with fans. tests/test_plot.py compares them with the functions.
-FAMILY = {
-    "he_normal": (2, "fan_in", "truncated_normal"),
-    "he_uniform": (2, "fan_in", "uniform"),
-    "glorot_normal": (1, "fan_avg", "truncated_normal"),
-    "glorot_uniform": (1, "fan_avg", "uniform"),
-    "lecun_normal": (1, "fan_in", "truncated_normal"),
-    "lecun_uniform": (1, "fan_in", "uniform"),
-}
 
 
 def draw(initializers: Sequence[str], seed: int, device: str | None, path: Path) -> None:
     """One panel for each initialiser, on one scale, so that they can be compared."""
     figure = Figure(figsize=(5.2 * len(initializers), 5), dpi=120, layout="constrained")
     grid: Any = figure.subplots(1, len(initializers), sharey=True, squeeze=False)
-    widest = 1.08 * max(theory(name)[0] for name in initializers)
-    for axes, name in zip(grid[0], initializers, strict=True):
+    draws = [find_draw(getattr(gpuinit, name), SHAPE) for name in initializers]
+    ends = [end for drawn in draws for end in view(drawn)]
+    margin = 0.04 * (max(ends) - min(ends))
+    for axes, name, drawn in zip(grid[0], initializers, draws, strict=True):
         weights = getattr(gpuinit, name)(SHAPE, seed=seed, device=device)
         host = weights if isinstance(weights, np.ndarray) else weights.get()
-        draw_panel(axes, name, host.astype(np.float64).reshape(-1))
-        axes.set_xlim(-widest, widest)
+        draw_panel(axes, drawn, host.astype(np.float64).reshape(-1))
+        axes.set_title(name, fontsize=24, fontweight="bold", pad=46)
+        axes.set_xlim(min(ends) - margin, max(ends) + margin)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=16, frameon=False)
     figure.savefig(path)
 
 
-def draw_panel(axes: Any, name: str, weights: np.ndarray) -> None:
-    limit, std = theory(name)
-    edges = np.linspace(-limit, limit, BINS + 1)
-    axes.hist(weights, edges, density=True, color=BLUE, alpha=0.55, label="weights")
-    x = np.linspace(-limit, limit, 501)
-    axes.plot(x, density(name, x), color=ORANGE, linewidth=3.5, label="exact density")
-    for place in (-limit, limit):
+def draw_panel(axes: Any, drawn: Draw, weights: np.ndarray) -> None:
+    left, right = view(drawn)
+    mean, std = mean_of(drawn), drawn.std()
+    axes.hist(
+        weights, np.linspace(left, right, BINS + 1), density=True, color=BLUE, alpha=0.55, label="weights"
+    )
+    x = np.linspace(left, right, 501)
+    axes.plot(x, density(drawn, x), color=ORANGE, linewidth=3.5, label="exact density")
+    for place in filter(math.isfinite, bounds(drawn)):
         axes.axvline(place, color=GRAY, linewidth=2.5)
-    for place in (-std, 0, std):
+    for place in (mean - std, mean, mean + std):
         axes.axvline(place, color=GRAY, linewidth=1.5, linestyle="--")
-    axes.set_xticks([-limit, 0, limit], [f"-{limit:.3g}", "0", f"{limit:.3g}"])
+    places = (left, mean, right)
+    axes.set_xticks(places, [f"{place:.3g}" for place in places])
     axes.set_yticks([])
     axes.tick_params(labelsize=16)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.set_title(name, fontsize=24, fontweight="bold", pad=46)
-    axes.text(0.5, 1.02, moments(weights, std), transform=axes.transAxes, fontsize=14, ha="center")
+    measured = f"mean {weights.mean():+.1e} (exact {mean:.3g})\nstd {weights.std():.5f} (exact {std:.5f})"
+    axes.text(0.5, 1.02, measured, transform=axes.transAxes, fontsize=14, ha="center")
 
 
-def moments(weights: np.ndarray, std: float) -> str:
-    """Mean and standard deviation, measured and exact, as in the picture."""
-    return f"mean {weights.mean():+.1e} (exact 0)\nstd {weights.std():.5f} (exact {std:.5f})"
+def bounds(drawn: Draw) -> tuple[float, float]:
+    """The least and the largest weight, infinite where nothing is cut."""
+    if isinstance(drawn, Uniform):
+        return drawn.low, drawn.high
+    return drawn.mean + drawn.lower * drawn.stddev, drawn.mean + drawn.upper * drawn.stddev
 
 
-def theory(name: str) -> tuple[float, float]:
-    """The largest weight and the standard deviation of an initialiser, of SHAPE where it has fans."""
-    if name == "truncated_normal":
-        return 0.1, 0.05 * TRUNCATED_STD
-    if name == "uniform":
-        return 0.05, 0.05 / math.sqrt(3)
-    scale, mode, distribution = FAMILY[name]
-    fan_in, fan_out = SHAPE
-    fan = {"fan_in": fan_in, "fan_avg": (fan_in + fan_out) / 2}[mode]
-    limit = uniform_limit(scale, fan) if distribution == "uniform" else 2 * parent_std(scale, fan)
-    return limit, math.sqrt(scale / fan)
+def view(drawn: Draw) -> tuple[float, float]:
+    """The least and the largest weight that the picture shows."""
+    mean, far, (low, high) = mean_of(drawn), FAR * drawn.std(), bounds(drawn)
+    return mean - far if math.isinf(low) else low, mean + far if math.isinf(high) else high
 
 
-def density(name: str, x: np.ndarray) -> np.ndarray:
-    limit, _ = theory(name)
-    if name.endswith("uniform"):
-        return np.full(x.shape, 1 / (2 * limit))
-    z = x / (limit / 2)
-    peak = 1 / (limit / 2 * math.sqrt(2 * math.pi) * math.erf(math.sqrt(2)))
-    return np.asarray(peak * np.exp(-z * z / 2))
+def mean_of(drawn: Draw) -> float:
+    if isinstance(drawn, Uniform):
+        return (drawn.low + drawn.high) / 2
+    at_low, at_high = density(drawn, np.array(bounds(drawn)))
+    return float(drawn.mean + drawn.stddev**2 * (at_low - at_high))
+
+
+def density(drawn: Draw, x: np.ndarray) -> np.ndarray:
+    """Between the bounds."""
+    if isinstance(drawn, Uniform):
+        return np.full(x.shape, 1 / (drawn.high - drawn.low))
+    z = (x - drawn.mean) / drawn.stddev
+    between = float(probability_within(drawn.upper) - probability_within(drawn.lower))
+    return np.asarray(math.sqrt(2 / math.pi) / (between * drawn.stddev) * np.exp(-z * z / 2))

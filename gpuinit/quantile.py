@@ -10,15 +10,22 @@ kernel's order. NumPy never fuses them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuinit.kernel_files import normal_table
+
 Array = npt.NDArray[Any]
+Numbers = tuple[Any, ...]  # scalars of NumPy, as the kernel's Numbers; the first alone where that is all
 
 UNIFORM = 0
 TRUNCATED_NORMAL = 1
+NORMAL = 2
+UNIFORM_BETWEEN = 3
+NORMAL_BETWEEN = 4
 
 # Multipliers and Weyl increments of philox4x32 (SC'11, section 3.3): the increments are the fractions of the
 # golden ratio and of sqrt(3), times 2**32.
@@ -174,25 +181,176 @@ def truncated_normal(u: Array, scratch: Scratch) -> Array:
     return np.multiply(u, ratio, out=u)
 
 
+class NormalScratch(NamedTuple):
+    """The same memory as the normal uses it, once the words are made."""
+
+    word: Array  # (lanes, n), signed and as wide as a sample: on words, or on even for float64
+    u: Array  # (lanes, n)
+    tail: Array  # (lanes, n): on even, or on words for float64
+    below: Array  # (lanes, n), as word: on odd
+    is_below: Array  # (lanes, n) bool: on product
+    row: Array  # (2, n) int64, of the table: on odd
+    coefficient: Array  # (2, n): on product
+    r: Array  # (2, n): on product, or on even for float64
+
+
+def normal_scratch(scratch: Scratch) -> NormalScratch:
+    u = scratch.u
+    narrow, shape, half = len(u) == 4, u.shape, (2, u.shape[1])
+    signed = np.int32 if narrow else np.int64
+    a, b, c, d = (x.reshape(-1) for x in (scratch.even, scratch.odd, scratch.product, scratch.words))
+    word, tail = (d, a) if narrow else (a, d)
+    return NormalScratch(
+        word=word.view(signed).reshape(shape),
+        u=u,
+        tail=tail.view(u.dtype).reshape(shape),
+        below=b.view(signed).reshape(shape),
+        is_below=c.view(np.bool_)[: u.size].reshape(shape),
+        row=b.view(np.int64).reshape(half),
+        coefficient=c.view(u.dtype)[: 2 * half[1]].reshape(half),
+        r=(c if narrow else a).view(u.dtype)[-2 * half[1] :].reshape(half),
+    )
+
+
+class Segments(NamedTuple):
+    """Where the polynomials of the normal's quantile are, for float32 or float64."""
+
+    columns: Array  # of the table, constants first
+    shift: Array  # of the bits of a tail probability: what is left is the number of the segment
+    first: Array  # that of the table's first segment, for a probability in units of 1
+    octave: Array  # the segments of an octave
+    fraction: Array  # the bits below
+    one: Array  # the bits of 1.0
+    origin: Array  # of t
+
+
+@cache
+def segments(sample_type: np.dtype) -> Segments:
+    columns = np.ascontiguousarray(normal_table(sample_type).T)
+    if sample_type == np.float64:
+        numbers = (48, (1023 - 96) * 16, 16, 0xFFFFFFFFFFFF, 0x3FF0000000000000)
+    else:
+        numbers = (20, (127 - 64) * 8, 8, 0xFFFFF, 0x3F800000)
+    bits = np.dtype(f"i{sample_type.itemsize}")
+    origin = np.array(1 if sample_type == np.float64 else 0, sample_type)
+    shift, first, octave, fraction, one = (np.array(number, bits) for number in numbers)
+    return Segments(columns, shift, first, octave, fraction, one, origin)
+
+
+def multiply_by_ratio(scratch: NormalScratch, unit: int) -> Array:
+    """u * R of the tail probability in scratch.tail, in units of 2**-unit, by the polynomial of its segment.
+
+    The kernel's ratio and the product after it, for half the lanes of float32 at a time.
+    """
+    u = scratch.u
+    table = segments(u.dtype)
+    bits = scratch.tail.view(scratch.word.dtype)
+    np.right_shift(bits, table.shift, out=scratch.word)
+    np.subtract(scratch.word, table.first + table.octave * unit, out=scratch.word)
+    np.bitwise_and(bits, table.fraction, out=bits)
+    np.bitwise_or(bits, table.one, out=bits)
+    if table.origin:
+        np.subtract(scratch.tail, table.origin, out=scratch.tail)
+    row, coefficient, r = scratch.row, scratch.coefficient, scratch.r
+    *others, last = table.columns
+    for pair in range(0, len(u), 2):
+        np.copyto(row, scratch.word[pair : pair + 2])
+        np.take(last, row, out=r, mode="clip")  # other modes take a copy
+        for column in reversed(others):
+            np.multiply(r, scratch.tail[pair : pair + 2], out=r)
+            np.take(column, row, out=coefficient, mode="clip")
+            np.add(r, coefficient, out=r)
+        np.multiply(u[pair : pair + 2], r, out=u[pair : pair + 2])
+    return u
+
+
+def normal(scratch: NormalScratch) -> Array:
+    """The normal sample of scratch.word: u * R(1 - |u|), u = s / (2**31 + 1/2) for a word of 32 bits.
+
+    For s = 0, u is 0, and the tail wraps round to something finite.
+    """
+    word, u = scratch.word, scratch.u
+    unsigned = word.view(f"u{word.itemsize}")
+    np.copyto(u, word, casting="unsafe")
+    np.abs(word, out=word)
+    np.left_shift(unsigned, unsigned.dtype.type(1), out=unsigned)
+    np.subtract(unsigned.dtype.type(1), unsigned, out=unsigned)
+    np.copyto(scratch.tail, unsigned, casting="unsafe")
+    return multiply_by_ratio(scratch, 8 * word.itemsize)
+
+
+def normal_between(numbers: Numbers, scratch: NormalScratch) -> Array:
+    """The normal sample between two bounds: that of the middle of the word's share of the probability.
+
+    Distances of words are exact, so that no sample loses digits, near the mean or far out.
+    """
+    _, _, _, _, step, start_above, start_below, tail_above, tail_below, split = numbers
+    word, u, tail, below, is_below = scratch.word, scratch.u, scratch.tail, scratch.below, scratch.is_below
+    signed, unsigned = word.dtype.type, f"u{word.itemsize}"
+    np.less(word, split, out=is_below)
+    np.negative(is_below.view(np.int8), out=below)
+    distance = tail.view(signed)
+    np.subtract(word, split, out=distance)
+    np.bitwise_xor(distance, below, out=distance)
+    np.copyto(u, distance.view(unsigned), casting="unsafe")
+    np.multiply(u, step, out=u)
+    np.copyto(tail, start_above)
+    np.copyto(tail, start_below, where=is_below)
+    np.add(u, tail, out=u)
+    np.bitwise_xor(word, np.iinfo(signed).max, out=word)
+    np.bitwise_xor(word, below, out=word)
+    np.copyto(tail, word.view(unsigned), casting="unsafe")
+    np.multiply(tail, step, out=tail)
+    start = word.view(u.dtype)
+    np.copyto(start, tail_above)
+    np.copyto(start, tail_below, where=is_below)
+    np.add(tail, start, out=tail)
+    np.bitwise_and(below, np.iinfo(signed).min, out=below)
+    np.bitwise_xor(u.view(signed), below, out=u.view(signed))
+    return multiply_by_ratio(scratch, 8 * word.itemsize - 1)
+
+
+def to_weight(w: Array, distribution: int, numbers: Numbers, out: Array) -> None:
+    """The last operations, in the order of the kernel."""
+    scale, *shifted = numbers
+    np.multiply(w, scale, out=w if shifted else out)
+    if not shifted:
+        return
+    mean, low, high, *_ = shifted
+    np.add(w, mean, out=w if distribution >= UNIFORM_BETWEEN else out)
+    if distribution >= UNIFORM_BETWEEN:
+        np.maximum(w, low, out=w)
+        np.minimum(w, high, out=out)
+
+
 def weights(
-    block: Array, stream: int, keys: Array, distribution: int, limit: float, scratch: Scratch
+    block: Array, stream: int, keys: Array, distribution: int, numbers: Numbers, scratch: Scratch
 ) -> Array:
     """The float32 weights of these blocks, one block a row."""
     even, odd = philox4x32(block, stream, keys, scratch)
     np.copyto(scratch.words[0::2], even, casting="unsafe")
     np.copyto(scratch.words[1::2], odd, casting="unsafe")
-    w = uniform(scratch.words, scratch.u)
-    if distribution == TRUNCATED_NORMAL:
-        w = truncated_normal(w, scratch)
-    np.multiply(w, np.float32(limit), out=scratch.weights.T)
+    if distribution == NORMAL:
+        w = normal(normal_scratch(scratch))
+    elif distribution == NORMAL_BETWEEN:
+        w = normal_between(numbers, normal_scratch(scratch))
+    else:
+        w = uniform(scratch.words, scratch.u)
+        if distribution == TRUNCATED_NORMAL:
+            w = truncated_normal(w, scratch)
+    to_weight(w, distribution, numbers, scratch.weights.T)
     return scratch.weights
 
 
-def uniform64(even: Array, odd: Array, u: Array) -> Array:
-    """u in [-1, 1] from 64 bits, as for 32."""
+def join64(even: Array, odd: Array) -> Array:
+    """Words of 64 bits, in even, from their halves."""
     np.left_shift(odd, WORD_BITS, out=odd)
-    np.bitwise_or(even, odd, out=even)
-    np.copyto(u, even.view(np.int64), casting="unsafe")
+    return np.bitwise_or(even, odd, out=even)
+
+
+def uniform64(words: Array, u: Array) -> Array:
+    """u in [-1, 1] from 64 bits, as for 32."""
+    np.copyto(u, words.view(np.int64), casting="unsafe")
     return np.multiply(u, 2.0**-63, out=u)
 
 
@@ -231,12 +389,17 @@ def truncated_normal64(u: Array, scratch: Scratch) -> Array:
 
 
 def weights64(
-    block: Array, stream: int, keys: Array, distribution: int, limit: float, scratch: Scratch
+    block: Array, stream: int, keys: Array, distribution: int, numbers: Numbers, scratch: Scratch
 ) -> Array:
     """The float64 weights of these blocks, one block a row."""
-    even, odd = philox4x32(block, stream, keys, scratch)
-    w = uniform64(even, odd, scratch.u)
-    if distribution == TRUNCATED_NORMAL:
-        w = truncated_normal64(w, scratch)
-    np.multiply(w, limit, out=scratch.weights.T)
+    words = join64(*philox4x32(block, stream, keys, scratch))
+    if distribution == NORMAL:
+        w = normal(normal_scratch(scratch))
+    elif distribution == NORMAL_BETWEEN:
+        w = normal_between(numbers, normal_scratch(scratch))
+    else:
+        w = uniform64(words, scratch.u)
+        if distribution == TRUNCATED_NORMAL:
+            w = truncated_normal64(w, scratch)
+    to_weight(w, distribution, numbers, scratch.weights.T)
     return scratch.weights

@@ -2,10 +2,15 @@
  *
  * What it computes. Element i (row-major index in the whole array) of the array named by (key, stream) is
  *
- *     weight = sample * limit,    sample in [-1, 1]
+ *     UNIFORM            sample * scale           sample uniform in [-1, 1]
+ *     TRUNCATED_NORMAL   sample * scale           sample normal, cut at two standard deviations, in units of that
+ *     NORMAL             sample * scale + mean    sample normal
+ *     UNIFORM_BETWEEN    sample * scale + mean    sample uniform in [-1, 1]; no weight below low or above high
+ *     NORMAL_BETWEEN     sample * scale + mean    sample normal, cut anywhere; no weight below low or above high
  *
- * where sample is uniform, or the normal distribution truncated at two standard deviations, in units of
- * that bound. limit is the largest magnitude a weight can have.
+ * with the numbers that gpuinit/distributions.py works out. The file is compiled once for the first two, which
+ * take one number, and where it is asked for once more with SHIFTED defined, for the others. One kernel for all
+ * would take longer to compile and more registers.
  *
  * Element to counter. One Philox4x32-10 block is four 32-bit words for the counter (block, stream):
  *     float32, float16, bfloat16   element i  <-  word i % 4 of block i / 4
@@ -22,13 +27,14 @@
  * most BLOCK_SIZE threads. Any grid and any block give the same bits.
  *
  * Exactness. Every float operation is a separate IEEE round-to-nearest one in a fixed order, spelled as an
- * intrinsic, which no compiler fuses; compile with --fmad=false as well. Only `reciprocal` fuses, by name. CuPy adds -ftz=true, which cannot
- * matter inside the sampler (nothing there is subnormal but an exact 0) and is kept from the last product
- * by multiply_to_weight. No header is included: CuPy may find none.
+ * intrinsic, which no compiler fuses; compile with --fmad=false as well. Only `reciprocal` fuses, by name. CuPy
+ * adds -ftz=true, which cannot matter inside the sampler (nothing there is subnormal but an exact 0) and is kept
+ * from the last operations by to_weight. No header is included, as CuPy may find none: gpuinit/backends/cuda.py puts
+ * kernels/normal_tables.cuh before this file.
  *
  * Sources. Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11. The
- * quantile coefficients: tools/fit_quantile.py. Twin: gpuinit/quantile.py has the same names in the same
- * order, and the tests compare the two by bytes.
+ * quantile coefficients: tools/fit_quantile.py, tools/make_normal_tables.py. Twins: gpuinit/quantile.py and
+ * gpuinit/compiled.py have the same names in the same order, and the tests compare them by bytes.
  *
  * SPDX-License-Identifier: Apache-2.0
  */
@@ -43,6 +49,9 @@ typedef unsigned short uint16;
 
 #define UNIFORM 0
 #define TRUNCATED_NORMAL 1
+#define NORMAL 2
+#define UNIFORM_BETWEEN 3
+#define NORMAL_BETWEEN 4
 
 /* Multipliers and Weyl increments of philox4x32 (SC'11, section 3.3): the increments are the fractions of
  * the golden ratio and of sqrt(3), times 2**32. */
@@ -75,6 +84,18 @@ static __constant__ double Q64[] = {
     0.012304641324063564, 0.4445631917015149, 6.517378109542563, 50.104883348364446, 218.5920655295031,
     549.5499832962482, 778.0011993750466, 584.8669118160961, 209.70818874502353, 29.332203457829202,
 };
+
+/* Of one distribution, in the type of the sample, Word the signed integer as wide. The last six are those of
+ * NORMAL_BETWEEN, whose samples are negative for words below `split`. The probability between a sample and
+ * the mean, and that of the tail beyond it, grow by `step` a word, the one away from the mean from `start` on, the
+ * other towards it from `tail` on, all in units of 2**-31 (2**-63). */
+template <class Sample, class Word>
+struct Numbers {
+    Sample scale, mean, low, high, step, start_above, start_below, tail_above, tail_below;
+    Word split;
+};
+typedef Numbers<float, int> Numbers32;
+typedef Numbers<double, long long> Numbers64;
 
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -163,26 +184,107 @@ static __device__ float4 truncated_normal(float4 u)
                        quantile(u.w, t.w, y.w, multiply(inverse_zw, q.z)));
 }
 
-/* sample * limit, subnormal results and limits kept: PTX without .ftz does so whatever the flags. */
-static __device__ float multiply_to_weight(float sample, float limit)
+#ifdef SHIFTED
+
+/* R of tail probability a, in units of 2**-unit: the polynomial of its segment (tools/make_normal_tables.py). */
+static __device__ float ratio(float a, uint32 unit)
+{
+    uint32 bits = __float_as_uint(a);
+    float4 c = __ldg((const float4 *)NORMAL32[(bits >> 20) - (127 + unit - 64) * 8]);
+    float t = __uint_as_float((bits & 0xFFFFF) | 0x3F800000);
+    return add(multiply(add(multiply(add(multiply(c.w, t), c.z), t), c.y), t), c.x);
+}
+
+/* The normal sample: u * R(1 - |u|), u = s / (2**31 + 1/2) for the word as a signed integer s. For s = 0, u is 0,
+ * and the tail wraps round to something finite. */
+static __device__ float normal(uint32 word)
+{
+    int s = (int)word;
+    uint32 magnitude = s < 0 ? 0u - word : word;
+    float a = __uint2float_rn(1u - 2u * magnitude);
+    return multiply(__int2float_rn(s), ratio(a, 32));
+}
+
+/* The normal sample between two bounds: that of the middle of the word's share of the probability. Distances of
+ * words are exact, so that no sample loses digits, near the mean or far out. */
+static __device__ float normal_between(uint32 word, Numbers32 n)
+{
+    int s = (int)word;
+    uint32 below = s < n.split ? 0xFFFFFFFFu : 0u;
+    float u = add(multiply(__uint2float_rn((word - (uint32)n.split) ^ below), n.step),
+                  below ? n.start_below : n.start_above);
+    float a = add(multiply(__uint2float_rn(word ^ 0x7FFFFFFFu ^ below), n.step),
+                  below ? n.tail_below : n.tail_above);
+    return multiply(__uint_as_float(__float_as_uint(u) ^ (below & 0x80000000u)), ratio(a, 31));
+}
+
+#endif
+
+/* The last operations, which keep subnormal numbers: PTX without .ftz does so whatever the flags. */
+static __device__ float multiply_to_weight(float sample, float scale)
 {
 #ifdef __CUDA_ARCH__
     float weight;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(weight) : "f"(sample), "f"(limit));
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(weight) : "f"(sample), "f"(scale));
     return weight;
 #else
-    return sample * limit;
+    return sample * scale;
 #endif
 }
 
-static __device__ float4 weights(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+static __device__ float add_to_weight(float product, float mean)
+{
+#ifdef __CUDA_ARCH__
+    float weight;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(weight) : "f"(product), "f"(mean));
+    return weight;
+#else
+    return product + mean;
+#endif
+}
+
+static __device__ float cut_weight(float weight, float low, float high)
+{
+#ifdef __CUDA_ARCH__
+    asm("max.f32 %0, %0, %1;" : "+f"(weight) : "f"(low));
+    asm("min.f32 %0, %0, %1;" : "+f"(weight) : "f"(high));
+    return weight;
+#else
+    weight = weight > low ? weight : low;
+    return weight < high ? weight : high;
+#endif
+}
+
+static __device__ float to_weight(float sample, uint32 distribution, Numbers32 n)
+{
+    float weight = multiply_to_weight(sample, n.scale);
+    if (distribution >= NORMAL)
+        weight = add_to_weight(weight, n.mean);
+    if (distribution >= UNIFORM_BETWEEN)
+        weight = cut_weight(weight, n.low, n.high);
+    return weight;
+}
+
+static __device__ float sample(uint32 word, uint32 distribution, Numbers32 n)
+{
+#ifdef SHIFTED
+    if (distribution == NORMAL)
+        return normal(word);
+    if (distribution == NORMAL_BETWEEN)
+        return normal_between(word, n);
+#endif
+    return uniform(word);
+}
+
+static __device__ float4 weights(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers32 n)
 {
     uint4 words = philox4x32(block, stream, key);
-    float4 w = make_float4(uniform(words.x), uniform(words.y), uniform(words.z), uniform(words.w));
+    float4 w = make_float4(sample(words.x, distribution, n), sample(words.y, distribution, n),
+                           sample(words.z, distribution, n), sample(words.w, distribution, n));
     if (distribution == TRUNCATED_NORMAL)
         w = truncated_normal(w);
-    return make_float4(multiply_to_weight(w.x, limit), multiply_to_weight(w.y, limit),
-                       multiply_to_weight(w.z, limit), multiply_to_weight(w.w, limit));
+    return make_float4(to_weight(w.x, distribution, n), to_weight(w.y, distribution, n),
+                       to_weight(w.z, distribution, n), to_weight(w.w, distribution, n));
 }
 
 /* u in [-1, 1] from 64 bits, as for 32. */
@@ -234,13 +336,76 @@ static __device__ double2 truncated_normal64(double2 u)
                         quantile64(u.y, numerator64(v.y), multiply64(inverse, q.x)));
 }
 
-static __device__ double2 weights64(uint64 block, uint64 stream, uint64 key, uint32 distribution, double limit)
+#ifdef SHIFTED
+
+static __device__ double ratio64(double a, uint32 unit)
+{
+    uint64 bits = (uint64)__double_as_longlong(a);
+    const double2 *row = (const double2 *)NORMAL64[(bits >> 48) - (1023 + unit - 96) * 16];
+    double2 c01 = __ldg(row), c23 = __ldg(row + 1), c45 = __ldg(row + 2), c67 = __ldg(row + 3);
+    double t = add64(__longlong_as_double((long long)((bits & 0xFFFFFFFFFFFF) | 0x3FF0000000000000)), -1.0);
+    double r = add64(multiply64(c67.y, t), c67.x);
+    r = add64(multiply64(r, t), c45.y);
+    r = add64(multiply64(r, t), c45.x);
+    r = add64(multiply64(r, t), c23.y);
+    r = add64(multiply64(r, t), c23.x);
+    r = add64(multiply64(r, t), c01.y);
+    return add64(multiply64(r, t), c01.x);
+}
+
+static __device__ double normal64(uint32 low, uint32 high)
+{
+    uint64 word = (uint64)high << 32 | low;
+    long long s = (long long)word;
+    uint64 magnitude = s < 0 ? 0ull - word : word;
+    double a = __ull2double_rn(1ull - 2ull * magnitude);
+    return multiply64(__ll2double_rn(s), ratio64(a, 64));
+}
+
+static __device__ double normal_between64(uint32 low, uint32 high, Numbers64 n)
+{
+    uint64 word = (uint64)high << 32 | low;
+    long long s = (long long)word;
+    uint64 below = s < n.split ? ~0ull : 0ull;
+    double u = add64(multiply64(__ull2double_rn((word - (uint64)n.split) ^ below), n.step),
+                     below ? n.start_below : n.start_above);
+    double a = add64(multiply64(__ull2double_rn(word ^ 0x7FFFFFFFFFFFFFFFull ^ below), n.step),
+                     below ? n.tail_below : n.tail_above);
+    return multiply64(below ? -u : u, ratio64(a, 63));
+}
+
+#endif
+
+static __device__ double to_weight64(double sample, uint32 distribution, Numbers64 n)
+{
+    double weight = multiply64(sample, n.scale);
+    if (distribution >= NORMAL)
+        weight = add64(weight, n.mean);
+    if (distribution >= UNIFORM_BETWEEN) {
+        weight = weight > n.low ? weight : n.low;
+        weight = weight < n.high ? weight : n.high;
+    }
+    return weight;
+}
+
+static __device__ double sample64(uint32 low, uint32 high, uint32 distribution, Numbers64 n)
+{
+#ifdef SHIFTED
+    if (distribution == NORMAL)
+        return normal64(low, high);
+    if (distribution == NORMAL_BETWEEN)
+        return normal_between64(low, high, n);
+#endif
+    return uniform64(low, high);
+}
+
+static __device__ double2 weights64(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers64 n)
 {
     uint4 words = philox4x32(block, stream, key);
-    double2 w = make_double2(uniform64(words.x, words.y), uniform64(words.z, words.w));
+    double2 w = make_double2(sample64(words.x, words.y, distribution, n), sample64(words.z, words.w, distribution, n));
     if (distribution == TRUNCATED_NORMAL)
         w = truncated_normal64(w);
-    return make_double2(multiply64(w.x, limit), multiply64(w.y, limit));
+    return make_double2(to_weight64(w.x, distribution, n), to_weight64(w.y, distribution, n));
 }
 
 /* Two float32 weights rounded to nearest even into two 16-bit ones, the first in the low half. */
@@ -274,31 +439,31 @@ static __device__ uint32 round_to_bfloat16(float first, float second)
 }
 
 /* One packet: the weights of `block`, and of the next one for the 16-bit types, whose `block` is even. */
-static __device__ uint4 packet_float32(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+static __device__ uint4 packet_float32(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers32 n)
 {
-    float4 w = weights(block, stream, key, distribution, limit);
+    float4 w = weights(block, stream, key, distribution, n);
     return make_uint4(__float_as_uint(w.x), __float_as_uint(w.y), __float_as_uint(w.z), __float_as_uint(w.w));
 }
 
-static __device__ uint4 packet_float16(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+static __device__ uint4 packet_float16(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers32 n)
 {
-    float4 a = weights(block, stream, key, distribution, limit);
-    float4 b = weights(block | 1, stream, key, distribution, limit);
+    float4 a = weights(block, stream, key, distribution, n);
+    float4 b = weights(block | 1, stream, key, distribution, n);
     return make_uint4(round_to_float16(a.x, a.y), round_to_float16(a.z, a.w), round_to_float16(b.x, b.y),
                       round_to_float16(b.z, b.w));
 }
 
-static __device__ uint4 packet_bfloat16(uint64 block, uint64 stream, uint64 key, uint32 distribution, float limit)
+static __device__ uint4 packet_bfloat16(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers32 n)
 {
-    float4 a = weights(block, stream, key, distribution, limit);
-    float4 b = weights(block | 1, stream, key, distribution, limit);
+    float4 a = weights(block, stream, key, distribution, n);
+    float4 b = weights(block | 1, stream, key, distribution, n);
     return make_uint4(round_to_bfloat16(a.x, a.y), round_to_bfloat16(a.z, a.w), round_to_bfloat16(b.x, b.y),
                       round_to_bfloat16(b.z, b.w));
 }
 
-static __device__ uint4 packet_float64(uint64 block, uint64 stream, uint64 key, uint32 distribution, double limit)
+static __device__ uint4 packet_float64(uint64 block, uint64 stream, uint64 key, uint32 distribution, Numbers64 n)
 {
-    double2 w = weights64(block, stream, key, distribution, limit);
+    double2 w = weights64(block, stream, key, distribution, n);
     uint4 packet;
     memcpy(&packet, &w, 16);
     return packet;
@@ -335,9 +500,9 @@ static __device__ uint64 threads_y() { return (uint64)gridDim.y * blockDim.y; }
  * walks spans of blocks whose numbers differ in the low bits alone, and counts these in 32 bits: what depends
  * on the other bits only, as most of the first two rounds of Philox does, leaves the loop. Two turns at once
  * keep the round keys in registers. */
-template <auto packet, class Element, class Sample>
+template <auto packet, class Element, class Numbers>
 static __device__ void store_whole(Element *out, uint64 block, uint64 count, uint64 stream, uint64 key,
-                                   uint32 distribution, Sample limit)
+                                   uint32 distribution, Numbers n)
 {
     const uint32 blocks = sizeof(Element) == 2 ? 2 : 1; /* of a packet */
     const uint32 lanes = 16 / sizeof(Element) / blocks; /* of a block */
@@ -350,7 +515,7 @@ static __device__ void store_whole(Element *out, uint64 block, uint64 count, uin
         if (thread_x() < here / blocks) {
 #pragma unroll 2
             for (uint32 i = from + (uint32)thread_x() * blocks; i < from + here; i += step)
-                *(uint4 *)(span_out + (uint64)i * lanes) = packet(span | i, stream, key, distribution, limit);
+                *(uint4 *)(span_out + (uint64)i * lanes) = packet(span | i, stream, key, distribution, n);
         }
         count -= here;
         from = 0;
@@ -373,9 +538,9 @@ static __device__ void store_part(Element *out, uint64 first, uint64 length, uin
             out[first + lane] = elements[lane];
 }
 
-template <auto packet, class Element, class Sample>
+template <auto packet, class Element, class Numbers>
 static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key,
-                            uint64 stream, uint32 distribution, Sample limit)
+                            uint64 stream, uint32 distribution, Numbers n)
 {
     const uint32 lanes = 16 / sizeof(Element);
     const uint32 blocks = sizeof(Element) == 2 ? 2 : 1;
@@ -386,43 +551,62 @@ static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 r
         uint64 block = (row.first_packet + row.whole_from) * blocks;
         uint64 count = row.whole * blocks;
         /* One loop for each distribution, so that none is asked for inside. */
-        if (distribution == TRUNCATED_NORMAL)
-            store_whole<packet>(whole_out, block, count, stream, key, TRUNCATED_NORMAL, limit);
+#ifdef SHIFTED
+        if (distribution == NORMAL_BETWEEN)
+            store_whole<packet>(whole_out, block, count, stream, key, NORMAL_BETWEEN, n);
+        else if (distribution == UNIFORM_BETWEEN)
+            store_whole<packet>(whole_out, block, count, stream, key, UNIFORM_BETWEEN, n);
         else
-            store_whole<packet>(whole_out, block, count, stream, key, UNIFORM, limit);
+            store_whole<packet>(whole_out, block, count, stream, key, NORMAL, n);
+#else
+        if (distribution == TRUNCATED_NORMAL)
+            store_whole<packet>(whole_out, block, count, stream, key, TRUNCATED_NORMAL, n);
+        else
+            store_whole<packet>(whole_out, block, count, stream, key, UNIFORM, n);
+#endif
         /* The other packets go to the last threads, which had the fewest whole ones. */
         for (uint64 j = threads_x() - 1 - thread_x(); j < row.packets - row.whole; j += threads_x()) {
             uint64 i = j < row.whole_from ? j : j + row.whole;
-            uint4 part = packet((row.first_packet + i) * blocks, stream, key, distribution, limit);
+            uint4 part = packet((row.first_packet + i) * blocks, stream, key, distribution, n);
             store_part(row_out, i * lanes - row.phase, length, part);
         }
     }
 }
 
+#ifdef SHIFTED
+#define PARAMETERS(Sample, Word)                                                                                  \
+    Sample scale, Sample mean, Sample low, Sample high, Sample step, Sample start_above, Sample start_below,      \
+        Sample tail_above, Sample tail_below, Word split
+#define NUMBERS {scale, mean, low, high, step, start_above, start_below, tail_above, tail_below, split}
+#else
+#define PARAMETERS(Sample, Word) Sample scale
+#define NUMBERS {scale}
+#endif
+
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
-                 uint32 distribution, float limit)
+                 uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_float32>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
+    fill<packet_float32>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
-                 uint32 distribution, float limit)
+                 uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_float16>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
+    fill<packet_float16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
-                  uint32 distribution, float limit)
+                  uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_bfloat16>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
+    fill<packet_bfloat16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
     fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
-                 uint32 distribution, double limit)
+                 uint32 distribution, PARAMETERS(double, long long))
 {
-    fill<packet_float64>(out, offset, length, rows, row_stride, key, stream, distribution, limit);
+    fill<packet_float64>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers64 NUMBERS);
 }

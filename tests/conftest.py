@@ -64,6 +64,26 @@ extern "C" __global__ void probe_truncated_normal64(uint4 *words, double2 *sampl
 }
 """
 
+# The normal, cut or not, of words; SAMPLE is the call, with the numbers written in.
+NORMAL_PROBES = """
+extern "C" __global__ void probe_normal(uint4 *words, float4 *samples, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x()) {
+        uint4 w = words[i];
+        samples[i] = make_float4(SAMPLE(w.x), SAMPLE(w.y), SAMPLE(w.z), SAMPLE(w.w));
+    }
+}
+"""
+NORMAL_PROBES64 = """
+extern "C" __global__ void probe_normal(uint4 *words, double2 *samples, uint64 n)
+{
+    for (uint64 i = thread_x(); i < n; i += threads_x()) {
+        uint4 w = words[i];
+        samples[i] = make_double2(SAMPLE(w.x, w.y), SAMPLE(w.z, w.w));
+    }
+}
+"""
+
 
 class Cpu:
     """The CPU and its NumPy engine, seen by the tests."""
@@ -103,8 +123,21 @@ class Cpu:
         n = len(words)
         scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float64)
         scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
-        u = quantile.uniform64(scratch.even, scratch.odd, scratch.u)
+        u = quantile.uniform64(quantile.join64(scratch.even, scratch.odd), scratch.u)
         return quantile.truncated_normal64(u, scratch).T.copy()
+
+    def normal(self, words: np.ndarray, kind: Any, numbers: tuple | None = None) -> np.ndarray:
+        """The samples of words, (n, 4), in float32 or float64; with numbers, of the normal between bounds."""
+        n = len(words)
+        scratch = quantile.make_scratch(quantile.make_memory(n), n, kind)
+        if kind is np.float64:
+            scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
+            quantile.join64(scratch.even, scratch.odd)
+        else:
+            scratch.words[:] = words.T
+        scratch = quantile.normal_scratch(scratch)
+        made = quantile.normal_between(numbers, scratch) if numbers else quantile.normal(scratch)
+        return made.T.copy()
 
 
 class CpuNumba(Cpu):
@@ -122,9 +155,13 @@ class CpuNumba(Cpu):
     def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
         return numba_probe("truncated_normal64")(words.T, np.float64, 2).T.copy()
 
+    def normal(self, words: np.ndarray, kind: Any, numbers: tuple | None = None) -> np.ndarray:
+        name = ("normal_between" if numbers else "normal") + ("64" if kind is np.float64 else "")
+        return numba_probe(name, numbers)(words.T, kind, 2 if kind is np.float64 else 4).T.copy()
+
 
 @functools.cache
-def numba_probe(name: str) -> Callable[..., np.ndarray]:
+def numba_probe(name: str, numbers: tuple | None = None) -> Callable[..., np.ndarray]:
     """One of the compiled engine's own functions, of rows of 64-bit words, that gives rows of numbers."""
     import numba
     from llvmlite import ir
@@ -135,16 +172,32 @@ def numba_probe(name: str) -> Callable[..., np.ndarray]:
 
     functions: dict[str, Callable[..., Any]] = {
         "philox4x32": lambda b0, b1, *others: compiled.philox4x32((b0, b1), others[:2], others[2:]),
-        "truncated_normal": lambda *words: compiled.truncated_normal(*map(compiled.uniform, words)),
+        "truncated_normal": lambda *words: compiled.truncated_normal(*map(compiled.uniform, narrow(words))),
         "truncated_normal64": lambda *words: compiled.truncated_normal64(
-            compiled.uniform64(*words[:2]), compiled.uniform64(*words[2:])
+            *map(compiled.uniform64, joined(words))
         ),
+        "normal": lambda *words: map(compiled.normal, narrow(words)),
+        "normal64": lambda *words: map(compiled.normal, joined(words)),
+        "normal_between": lambda *words: (compiled.normal_between(s, lanes(s)) for s in narrow(words)),
+        "normal_between64": lambda *words: (compiled.normal_between(s, lanes(s)) for s in joined(words)),
         "round_to_float16": lambda *words: [compiled.round_to_float16(*map(weight, words))],
         "round_to_bfloat16": lambda *words: [compiled.round_to_bfloat16(*map(weight, words))],
     }
 
+    def narrow(words: Any) -> list[Any]:
+        return [word.low_halves() for word in words]
+
+    def joined(words: Any) -> list[Any]:
+        return [compiled.join64(*words[:2]), compiled.join64(*words[2:])]
+
     def weight(word: Any) -> Any:
         return word.low_halves().bits(compiled.FLOAT)
+
+    def lanes(word: Any) -> Any:
+        is_wide = name.endswith("64")
+        kinds = (compiled.DOUBLE, compiled.INT64) if is_wide else (compiled.FLOAT, compiled.INT32)
+        each = [ir.Constant(kinds[isinstance(x, np.integer)], x.item()) for x in numbers]
+        return compiled.Numbers(*(compiled.in_every_lane(word.builder, x, word.count) for x in each))
 
     @intrinsic
     def apply(typing: Any, rows: Any, results: Any, place: Any) -> Any:
@@ -174,7 +227,7 @@ def numba_probe(name: str) -> Callable[..., np.ndarray]:
         count = words.shape[1]
         padded = np.zeros((len(words), -(-count // compiled.BLOCKS) * compiled.BLOCKS), np.uint64)
         padded[:, :count] = words
-        if name not in ("philox4x32", "truncated_normal64"):  # what low_halves will put in turns
+        if name != "philox4x32" and not name.endswith("64"):  # what low_halves will put in turns
             groups = padded.reshape(len(words), -1, compiled.BLOCKS // 2, 2)
             padded = groups.swapaxes(2, 3).reshape(padded.shape)
         made = np.zeros((results, padded.shape[1]), result_type)
@@ -201,8 +254,8 @@ class Cuda:
             return self.cupy.array(array, order="C")  # RawKernel heeds no strides
         return self.cupy.ndarray(array.copy())
 
-    def probe(self, name: str, given: np.ndarray, result: Any) -> np.ndarray:
-        kernel = self.cupy.RawKernel(cuda.source() + PROBES, name, options=cuda.OPTIONS)
+    def probe(self, name: str, given: np.ndarray, result: Any, code: str | None = None) -> np.ndarray:
+        kernel = self.cupy.RawKernel(code or cuda.source() + PROBES, name, options=cuda.OPTIONS)
         kernel((7,), (32,), (self.from_numpy(given), result, np.uint64(len(given))))
         return result.get()
 
@@ -220,6 +273,17 @@ class Cuda:
     def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
         result = self.cupy.empty((len(words), 2), np.float64)
         return self.probe("probe_truncated_normal64", words.astype(np.uint32), result)
+
+    def normal(self, words: np.ndarray, kind: Any, numbers: tuple | None = None) -> np.ndarray:
+        wide = "64" if kind is np.float64 else ""
+        sample = f"normal{wide}(__VA_ARGS__)"
+        if numbers:
+            *floats, split = (x.item() for x in numbers)
+            written = ", ".join(f"{x.hex()}{'' if wide else 'f'}" for x in floats)
+            sample = f"normal_between{wide}(__VA_ARGS__, Numbers{wide or 32}{{{written}, {split}}})"
+        code = f"#define SAMPLE(...) {sample}\n{NORMAL_PROBES64 if wide else NORMAL_PROBES}"
+        result = self.cupy.empty((len(words), 2 if wide else 4), kind)
+        return self.probe("probe_normal", words.astype(np.uint32), result, cuda.source(shifted=True) + code)
 
 
 REMEMBERED = (devices.find_cuda_problem, cuda.kernel, cuda.resident_blocks)

@@ -181,6 +181,8 @@ def pointerGetAttributes(pointer: int) -> Any:  # noqa: N802
 SCALARS = {
     "I": (np.uint32, ctypes.c_uint32),
     "Q": (np.uint64, ctypes.c_uint64),
+    "i": (np.int32, ctypes.c_int32),
+    "q": (np.int64, ctypes.c_int64),
     "f": (np.float32, ctypes.c_float),
     "d": (np.float64, ctypes.c_double),
 }

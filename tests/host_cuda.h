@@ -11,6 +11,7 @@
 #define __constant__
 #define __global__
 #define __launch_bounds__(threads)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -37,6 +38,8 @@ static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline double __drcp_rn(double a) { return 1.0 / a; }
 static inline float __int2float_rn(int a) { return (float)a; }
 static inline double __ll2double_rn(long long a) { return (double)a; }
+static inline float __uint2float_rn(unsigned a) { return (float)a; }
+static inline double __ull2double_rn(unsigned long long a) { return (double)a; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 
 static inline unsigned __float_as_uint(float a)
@@ -44,6 +47,26 @@ static inline unsigned __float_as_uint(float a)
     unsigned bits;
     memcpy(&bits, &a, 4);
     return bits;
+}
+
+template <class To, class From>
+static inline To bits_as(From a)
+{
+    To bits;
+    memcpy(&bits, &a, sizeof bits);
+    return bits;
+}
+
+static inline float __uint_as_float(unsigned a) { return bits_as<float>(a); }
+static inline long long __double_as_longlong(double a) { return bits_as<long long>(a); }
+static inline double __longlong_as_double(long long a) { return bits_as<double>(a); }
+
+template <class T>
+static inline T __ldg(const T *place)
+{
+    T value;
+    memcpy(&value, place, sizeof value);
+    return value;
 }
 
 /* One of the two floats next to 1 / x, as rcp.approx.ftz.f32 promises no more; by default both in turns. Below

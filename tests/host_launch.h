@@ -7,6 +7,8 @@
 static char letter(const volatile void *) { return 'p'; }
 static char letter(uint32_t) { return 'I'; }
 static char letter(unsigned long long) { return 'Q'; }
+static char letter(int) { return 'i'; }
+static char letter(long long) { return 'q'; }
 static char letter(float) { return 'f'; }
 static char letter(double) { return 'd'; }
 

@@ -37,6 +37,15 @@ def main():
     named = gpuinit.glorot_uniform(SHAPE, seed=5, name="w", dtype="bfloat16", device="cpu")
     fill = partial(gpuinit.variance_scaling, scale=1.0, mode="fan_avg", distribution="uniform")
     key = jax.random.key(5)
+    draws = [
+        (gpuinit.jax.normal(0.3), partial(gpuinit.normal, stddev=0.3)),
+        (gpuinit.jax.uniform(0.3), partial(gpuinit.uniform, low=0, high=0.3)),
+        (
+            gpuinit.jax.truncated_normal(0.3, None, -0.5, 3),
+            partial(gpuinit.truncated_normal, stddev=0.3, lower=-0.5, upper=3),
+        ),
+    ]
+    draws = [(init, fill, fill(SHAPE, seed=5, device="cpu")) for init, fill in draws]
     for shape in MESHES:
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(kind, kind))
@@ -51,6 +60,11 @@ def main():
                     check(init(key, SHAPE, out_sharding=spec), expected, sharding)
                     check(jitted(key, SHAPE, None, spec), expected, sharding)
             sharding = NamedSharding(mesh, P("a", "b"))
+            for other, drawn, weights in draws:
+                check(gpuinit.jax.sharded(SHAPE, sharding, drawn, seed=5), weights, sharding)
+                check(other(key, SHAPE, out_sharding=sharding), weights, sharding)
+                traced = jax.jit(other, static_argnums=(1, 2, 3))(key, SHAPE, None, sharding)
+                check(traced, weights, sharding)
             leaf = jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)
             tree = gpuinit.jax.initialize({"kernel": leaf, "bias": leaf}, seed=5)
             check(tree["kernel"], gpuinit.he_normal(SHAPE, seed=5, name="kernel", device="cpu"), sharding)
@@ -65,7 +79,7 @@ def each_device_makes_its_own_part_and_nothing_more():
 
     def recording(shape, **kwargs):
         part = gpuinit.he_normal(shape, **kwargs)
-        if part.size:  # not the draw of nothing that checks the arguments of a traced call
+        if isinstance(part, np.ndarray):  # not the check of the arguments of a traced call
             made.append(part.shape)
         return part
 

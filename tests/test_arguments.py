@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import array
+import math
 import re
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import gpuinit
+from gpuinit import distributions
+from gpuinit.backends import cpu, cuda
+from gpuinit.initializers import DTYPES, find_draw
 from gpuinit.stream import parse_seed
 
 SHAPE = "shape must be an integer or a sequence of integers >= 0, got "
@@ -18,6 +23,10 @@ DTYPE = "dtype must be one of float32, float16, bfloat16, float64, got "
 INDEX = "index must hold integers, slices and at most one Ellipsis, got "
 AXES = "must be an axis or a sequence of axes in [-2, 2), got "
 NUMBER = "must be a finite number >= 0, got "
+FINITE = "must be a finite number, got "
+BOUNDS = "lower and upper must "
+FORMS = "uniform must be given one limit, or low and high, got "
+WEIGHTS = "must leave the weights finite in "
 
 BAD = [
     # shape
@@ -147,7 +156,7 @@ def test_bad_arguments_are_refused_with_nothing_written(device, keywords, error,
         (
             lambda: gpuinit.variance_scaling(3, 1, np.array(["fan_in", "fan_out"])),
             ValueError,
-            "mode must be one of fan_in, fan_out, fan_avg, got array(",
+            "mode must be one of fan_in, fan_out, fan_avg, fan_geo_avg, got array(",
         ),
         (
             lambda: gpuinit.uniform(2**62),
@@ -173,23 +182,263 @@ def test_bad_arguments_are_refused_with_nothing_written(device, keywords, error,
         (
             lambda: gpuinit.variance_scaling(3, 1, "fan_sum"),
             ValueError,
-            "mode must be one of fan_in, fan_out, fan_avg, got 'fan_sum'",
+            "mode must be one of fan_in, fan_out, fan_avg, fan_geo_avg, got 'fan_sum'",
         ),
         (
             lambda: gpuinit.variance_scaling(3, 1, "fan_in", "normal"),
             ValueError,
-            "distribution must be one of truncated_normal, uniform, got 'normal'",
+            "distribution must be one of truncated_normal, untruncated_normal, uniform, got 'normal'",
         ),
         (
             lambda: gpuinit.variance_scaling(3, 1, "fan_in", ["uniform"]),
             ValueError,
-            "distribution must be one of truncated_normal, uniform, got ['uniform']",
+            "distribution must be one of truncated_normal, untruncated_normal, uniform, got ['uniform']",
         ),
     ],
 )
 def test_bad_widths_are_refused(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
+
+
+# Function, arguments, error and message of what is drawn.
+NARROW = float(np.nextafter(9, 10))  # from 9, where less than 2**-93 of the probability lies between them
+BAD_DRAWS = [
+    (gpuinit.normal, {"stddev": -0.1}, ValueError, "stddev " + NUMBER + "-0.1"),
+    (gpuinit.normal, {"stddev": math.nan}, ValueError, "stddev " + NUMBER + "nan"),
+    (gpuinit.normal, {"stddev": math.inf}, ValueError, "stddev " + NUMBER + "inf"),
+    (gpuinit.normal, {"mean": math.inf}, ValueError, "mean " + FINITE + "inf"),
+    (gpuinit.normal, {"mean": math.nan}, ValueError, "mean " + FINITE + "nan"),
+    (gpuinit.normal, {"mean": -(10**400)}, ValueError, "mean " + FINITE + "-1000"),
+    (gpuinit.normal, {"mean": None}, TypeError, "mean " + FINITE + "None"),
+    (gpuinit.truncated_normal, {"lower": math.nan}, ValueError, "lower must be a number, got nan"),
+    (gpuinit.truncated_normal, {"upper": math.nan}, ValueError, "upper must be a number, got nan"),
+    (gpuinit.truncated_normal, {"lower": "-2"}, TypeError, "lower must be a number, got '-2'"),
+    (gpuinit.truncated_normal, {"upper": None}, TypeError, "upper must be a number, got None"),
+    (
+        gpuinit.truncated_normal,
+        {"lower": 1, "upper": 0.5},
+        ValueError,
+        "upper must be at least lower, got lower 1.0 and upper 0.5",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": math.inf, "upper": math.inf},
+        ValueError,
+        BOUNDS + "not be the same infinity, got lower inf and upper inf",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": -math.inf, "upper": -math.inf},
+        ValueError,
+        BOUNDS + "not be the same infinity, got lower -inf and upper -inf",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": 0, "upper": 1e-300},
+        ValueError,
+        BOUNDS + "be further apart, got lower 0.0 and upper 1e-300",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": -NARROW, "upper": -9},
+        ValueError,
+        BOUNDS + f"be further apart, got lower {-NARROW} and upper -9.0",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": 10, "upper": math.inf},
+        ValueError,
+        BOUNDS + "lie within the normal's tails of 2**-64, got lower 10.0 and upper inf",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"lower": -math.inf, "upper": -6.5},
+        ValueError,
+        BOUNDS + "lie within the normal's tails of 2**-64, got lower -inf and upper -6.5",
+    ),
+    (gpuinit.uniform, {"low": 0, "high": "1"}, TypeError, "high " + FINITE + "'1'"),
+    (gpuinit.uniform, {"low": math.nan, "high": 1}, ValueError, "low " + FINITE + "nan"),
+    (gpuinit.uniform, {"low": -math.inf, "high": 1}, ValueError, "low " + FINITE + "-inf"),
+    (
+        gpuinit.uniform,
+        {"low": 2, "high": 1},
+        ValueError,
+        "high must be at least low, got low 2 and high 1",
+    ),
+    (gpuinit.uniform, {"low": 0}, ValueError, FORMS + "low=0"),
+    (gpuinit.uniform, {"high": 1}, ValueError, FORMS + "high=1"),
+    (gpuinit.uniform, {"low": 0, "limit": 1}, ValueError, FORMS + "low=0, limit=1"),
+    (gpuinit.uniform, {"low": 0, "high": 1, "limit": 2}, ValueError, FORMS + "low=0, high=1, limit=2"),
+    (
+        gpuinit.normal,
+        {"stddev": 11000, "dtype": "float16"},
+        ValueError,
+        "stddev " + WEIGHTS + "float16, got stddev 11000.0",
+    ),
+    (
+        gpuinit.normal,
+        {"mean": 7e4, "dtype": "float16"},
+        ValueError,
+        "mean " + WEIGHTS + "float16, got mean 70000.0",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 2e4, "upper": 4, "dtype": "float16"},
+        ValueError,
+        "stddev " + WEIGHTS + "float16, got stddev 20000.0",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 1e308, "mean": 1e308, "lower": 1, "upper": 1, "dtype": "float64"},
+        ValueError,
+        "stddev " + WEIGHTS + "float64, got stddev 1e+308",
+    ),
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 1e308, "lower": 1, "upper": 1e308, "dtype": "float64"},
+        ValueError,
+        "stddev " + WEIGHTS + "float64, got stddev 1e+308",
+    ),
+    (
+        gpuinit.uniform,
+        {"low": 0, "high": 7e4, "dtype": "float16"},
+        ValueError,
+        "high " + WEIGHTS + "float16, got high 70000.0",
+    ),
+    (
+        gpuinit.uniform,
+        {"low": -7e4, "high": 1, "dtype": "float16"},
+        ValueError,
+        "low " + WEIGHTS + "float16, got low -70000.0",
+    ),
+    (
+        gpuinit.variance_scaling,
+        {"scale": 1.7e308, "distribution": "uniform"},
+        ValueError,
+        "scale " + WEIGHTS + "float32, got scale 1.7e+308",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), BAD_DRAWS)
+def test_what_cannot_be_drawn_is_refused_with_nothing_written(device, function, arguments, error, message):
+    dtype = DTYPES[arguments.get("dtype", "float32")]
+    out = device.from_numpy(np.full((4, 6), 77, dtype))
+    for where in ({"device": device.name}, {"out": out}):
+        with pytest.raises(error, match="^" + re.escape(message)):
+            function((4, 6), seed=0, **where, **arguments)
+    assert (device.numpy(out) == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("ends", "keywords", "got"),
+    [
+        ((1, 2, 3), {}, "1, 2, 3"),
+        ((0.1,), {"limit": 0.1}, "0.1, limit=0.1"),
+        ((0.1,), {"low": 0}, "0.1, low=0"),
+        ((0, 1), {"high": 1}, "0, 1, high=1"),
+    ],
+)
+def test_the_forms_of_uniform_are_not_mixed(ends, keywords, got):
+    with pytest.raises(ValueError, match="^" + re.escape(FORMS + got) + "$"):
+        gpuinit.uniform(3, *ends, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("ends", "argument"), [((None,), "limit"), ((0.1, None), "high"), ((None, 0.1), "low")]
+)
+def test_an_end_that_is_none_is_refused(ends, argument):
+    with pytest.raises(TypeError, match=rf"^{argument} must be a finite number.*, got None$"):
+        gpuinit.uniform(3, *ends)
+
+
+def test_the_forms_of_uniform_are_one_draw(device):
+    make = partial(gpuinit.uniform, (4, 6), seed=3, device=device.name)
+
+    def bits(array):
+        return device.numpy(array).tobytes()
+
+    first = bits(make())
+    for other in (make(0.05), make(limit=0.05), make(-0.05, 0.05), make(low=-0.05, high=0.05)):
+        assert bits(other) == first
+    assert bits(make(0, 1)) == bits(make(low=0, high=1)) == bits(make(0.0, np.float32(1)))
+    assert device.numpy(make(0, 1)).min() >= 0
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, 1j, "1", np.str_("1"), np.array("1"), [1], (1,), b"1", None]
+)
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match="^" + re.escape(f"stddev {NUMBER}{value!r}") + "$"):
+        gpuinit.normal(3, value)
+    if value is not None:
+        with pytest.raises(TypeError, match="^" + re.escape(f"limit {NUMBER}{value!r}") + "$"):
+            gpuinit.uniform(3, limit=value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("function", "arguments", "constant"),
+    [
+        (gpuinit.normal, {"stddev": 0, "mean": 0.3}, 0.3),
+        (gpuinit.truncated_normal, {"stddev": 0, "mean": -0.3, "lower": -1, "upper": 2}, -0.3),
+        (gpuinit.truncated_normal, {"stddev": 0}, 0),
+        (gpuinit.truncated_normal, {"stddev": 0.5, "mean": 1, "lower": 0.3, "upper": 0.3}, 1.15),
+        (gpuinit.truncated_normal, {"stddev": 1, "lower": 300, "upper": 300}, 300),
+        (gpuinit.uniform, {"low": 0.3, "high": 0.3}, 0.3),
+        (gpuinit.uniform, {"limit": 0}, 0),
+    ],
+)
+def test_what_has_no_width_is_a_constant(device, function, arguments, constant, dtype):
+    weights = device.numpy(function(9, seed=1, dtype=dtype, device=device.name, **arguments))
+    wanted = np.asarray(constant, np.float64 if dtype == "float64" else np.float32).astype(dtype)
+    assert (weights == wanted).all()
+
+
+def test_two_zeros_are_one_number():
+    """Whichever comes first in a process."""
+    for function in (gpuinit.truncated_normal, gpuinit.normal, gpuinit.uniform):
+        made = set()
+        for zeros in ((0.0, -0.0), (-0.0, 0.0)):
+            distributions.find_sampling.cache_clear()
+            made |= {function(9, zero, seed=1, device="cpu").tobytes() for zero in zeros}
+        assert len(made) == 1, function
+
+
+# find_draw
+
+
+@pytest.fixture
+def nothing_made(monkeypatch):
+    """An error where a backend is asked for an array, or for weights."""
+    for module in (cpu, cuda):
+        for name in ("empty", "fill"):
+            monkeypatch.delattr(module, name)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "message"),
+    [
+        *((gpuinit.he_normal, *case) for case in BAD if "device" not in case[0]),
+        *BAD_DRAWS,
+        (gpuinit.he_normal, {"dtype": "int8"}, ValueError, DTYPE + "'int8'"),
+    ],
+)
+def test_what_would_be_refused_is_without_being_made(nothing_made, function, arguments, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        find_draw(function, **{"shape": (4, 6), **arguments})
+
+
+def test_what_would_be_drawn_is_told_without_being_made(nothing_made):
+    he = find_draw(gpuinit.he_normal, (2**31, 2**31), seed=1, name="w", dtype="bfloat16", index=np.s_[3, 4:])
+    assert he[:4] == (math.sqrt(2 / 2**31) / 0.87962566103423978, 0, -2, 2)
+    transposed = find_draw(gpuinit.he_uniform, (8, 32), in_axis=1, out_axis=0)
+    assert transposed[:2] == (-math.sqrt(6 / 32), math.sqrt(6 / 32))
+    assert find_draw(gpuinit.normal, 0)[:4] == (0.05, 0, -math.inf, math.inf)
+    cut = partial(gpuinit.truncated_normal, stddev=2, upper=np.float32(0.5))
+    assert find_draw(cut, (), mean=-1)[:4] == (2, -1, -2, 0.5)
+    assert find_draw(gpuinit.uniform, 3, low=1, high=1)[:2] == (1, 1)
 
 
 def test_what_should_be_accepted_is(device):

@@ -8,6 +8,8 @@ import re
 import budget
 import pytest
 
+from gpuinit.backends import cuda
+
 pytestmark = pytest.mark.skipif(budget.missing() is not None, reason=str(budget.missing()))
 
 SHORT = ("float32", "float16", "bfloat16")
@@ -21,6 +23,31 @@ def counted():
 def test_a_sample_takes_at_most_32_instructions_on_sm_90(counted):
     for dtype in SHORT:
         assert counted["sm_90"][dtype]["instructions_per_sample"] <= 32
+
+
+# Targets of the other distributions in float32, and what the 16-bit types may take; none in local memory on
+# the hot path, whatever the entry needs outside of it.
+LIMITS = {"normal": 30, "normal_between": 42, "uniform_between": 18}
+
+
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_the_other_distributions_are_held_to_theirs(architecture):
+    functions = budget.disassemble(budget.compile_as_cupy(cuda.source(shifted=True), architecture))
+    for dtype, size in budget.ITEM_BYTES.items():
+        turns = budget.hot_paths(functions[f"fill_{dtype}"])
+        for distribution, limit in LIMITS.items():
+            turn = turns[budget.LOOPS[distribution][1]]
+            samples = sum(budget.store_bytes(turn)) // size
+            assert {*budget.store_bytes(turn)} == {16}
+            if dtype in SHORT and architecture == "90":
+                assert len(turn) / samples <= limit
+            names = [instruction.name for instruction in turn]
+            assert not {"LDL", "STL"} & {*names}
+            rows = 0 if distribution == "uniform_between" else 4 if dtype == "float64" else 1
+            assert names.count("LDG") == rows * samples  # whole rows, by 16 bytes
+            for instruction in turn:
+                if not re.match(r"HFMA2\S* R\d+, -RZ, RZ,", " ".join(instruction[1:])):  # a constant
+                    assert not re.match(r"MUFU|FFMA|HFMA|DFMA|.*\.APPROX", instruction.opcode)
 
 
 def test_every_store_has_16_bytes_and_nothing_is_in_local_memory(counted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -124,6 +125,75 @@ def test_the_safetensors_library_reads_the_weights_that_the_library_makes(
     assert_equal(read(out), expected())
     assert listed(tmp_path) == ["manifest.toml", "model.safetensors"]
     assert run(capsys, "verify", out, manifest, *where).status == 0
+
+
+ARGUMENTS = """
+[patterns."cut.*"]
+initializer = "truncated_normal"
+stddev = 0.5
+mean = 1
+upper = 0.25
+
+[tensors]
+"wide" = { shape = [999], initializer = "normal", stddev = 0.5, mean = -1, dtype = "float64" }
+"cut.one" = { shape = [999], lower = -inf }
+"cut.both" = { shape = [999], lower = -0.75, dtype = "bfloat16" }
+"range" = { shape = [3, 333], initializer = "uniform", low = 0, high = 0.5 }
+"limit" = { shape = [999], initializer = "uniform", limit = 0.5 }
+"mean" = { shape = [9, 111], initializer = "variance_scaling", scale = 2, mode = "fan_geo_avg" }
+"not cut" = { shape = [999], initializer = "variance_scaling", distribution = "untruncated_normal" }
+"""
+
+
+def test_every_argument_of_the_initializers_is_a_setting(device, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WINDOW_BYTES", 1000)
+    path, out = tmp_path / "manifest.toml", tmp_path / "model.safetensors"
+    path.write_text(ARGUMENTS)
+    where = ("--seed", 5, "--device", device.name.removesuffix("-numba").removesuffix("-sim"))
+    assert run(capsys, "checkpoint", path, "-o", out, *where).status == 0
+    where = {"seed": 5, "device": "cpu"}
+    cut = functools.partial(gpuinit.truncated_normal, 999, 0.5, 1, upper=0.25, **where)
+    scaled = functools.partial(gpuinit.variance_scaling, **where)
+    made = {
+        "wide": gpuinit.normal(999, 0.5, -1, name="wide", dtype="float64", **where),
+        "cut.one": cut(lower=-math.inf, name="cut.one"),
+        "cut.both": cut(lower=-0.75, name="cut.both", dtype="bfloat16"),
+        "range": gpuinit.uniform((3, 333), 0, 0.5, name="range", **where),
+        "limit": gpuinit.uniform(999, 0.5, name="limit", **where),
+        "mean": scaled((9, 111), 2, "fan_geo_avg", name="mean"),
+        "not cut": scaled(999, distribution="untruncated_normal", name="not cut"),
+    }
+    assert_equal(read(out), made)
+    path.write_text(ARGUMENTS.replace("mean = 1", "mean = 1.1"))
+    found = json.loads(run(capsys, "verify", out, path, "--seed", 5, "--json").out)
+    assert [difference["tensor"] for difference in found["differences"]] == ["cut.one", "cut.both"]
+
+
+def test_the_settings_are_all_arguments_of_all_initializers():
+    common = {"shape", "ends", "seed", "name", "dtype", "device", "out", "index"}
+    signatures = [inspect.signature(getattr(gpuinit, name)) for name in checkpoint.INITIALIZERS]
+    taken = {name for signature in signatures for name in signature.parameters}
+    assert set(checkpoint.ARGUMENTS) == taken - common
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("a.toml", "-inf", "+inf"),
+        ("a.json", "-Infinity", "Infinity"),
+        ("a.json", "-1e999", "1e999"),
+    ],
+)
+def test_bounds_may_be_infinite(tmp_path, name, least, most):
+    settings = ("shape", "[9]"), ("initializer", '"truncated_normal"'), ("lower", least), ("upper", most)
+    toml = ", ".join(f"{key} = {value}" for key, value in settings)
+    as_json = ", ".join(f'"{key}": {value}' for key, value in settings)
+    text = {"a.toml": f"[tensors]\na = {{{toml}}}", "a.json": f'{{"tensors": {{"a": {{{as_json}}}}}}}'}
+    (tmp_path / name).write_text(text[name])
+    (entry,) = checkpoint.read_manifest(tmp_path / name)
+    assert entry.arguments == {"lower": -math.inf, "upper": math.inf}
+    (made,) = checkpoint.windows(entry, 5, "cpu")
+    assert made.tobytes() == gpuinit.normal(9, seed=5, name="a", device="cpu").tobytes()
 
 
 class SlowDisk(io.BytesIO):
@@ -328,6 +398,34 @@ def test_the_fingerprint_is_what_its_docstring_says(manifest, tmp_path, capsys):
             "tensor 'a{0..999}{0..999}{0..1}': must be at most 1000000 tensors, got 2000000",
         ),
         ("like = ''", "manifest.toml: like must be the path of a file, got ''"),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'truncated_normal', upper = -3}",
+            "tensor 'a': upper must be at least lower, got lower -2.0 and upper -3.0. Set it for this tensor",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'truncated_normal', lower = nan}",
+            "tensor 'a': lower must be a number, got nan",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'normal', mean = inf}",
+            "tensor 'a': mean must be a finite number, got inf",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'normal', mean = true}",
+            "tensor 'a': mean must be a finite number, got True",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'normal', mean = 7e4, dtype = 'float16'}",
+            "tensor 'a': mean must leave the weights finite in float16, got mean 70000.0",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'uniform', low = 0.0}",
+            "tensor 'a': uniform must be given one limit, or low and high, got low=0.0",
+        ),
+        (
+            "[tensors]\na = {shape = [2], initializer = 'normal', lower = 0.0}",
+            "tensor 'a': normal takes stddev, mean, got 'lower'. Take it out",
+        ),
         ("like = 'no.safetensors'", "no.safetensors: No such file or directory"),
     ],
 )

@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 
 import gpuinit
-from gpuinit import quantile
 from gpuinit.backends import cpu
+from gpuinit.distributions import Draw, Normal, find_sampling
 from gpuinit.stream import Run, runs
 
+UNIT = Normal(1.0, 0.0, -2.0, 2.0, ("stddev", 1.0))
 MOST_BEYOND_OUT = 16 * 2**20
 
 
-def peak_beyond(out: np.ndarray, runs: list[Run]) -> int:
+def peak_beyond(out: np.ndarray, runs: list[Run], draw: Draw = UNIT) -> int:
     """The most memory that filling out takes at any time, beside out itself."""
+    distribution, numbers = find_sampling(draw, out.dtype)
     tracemalloc.start()
     try:
-        cpu.fill(out, runs, 1, 2, quantile.TRUNCATED_NORMAL, 1.0)
+        cpu.fill(out, runs, (1, 2, distribution, numbers))
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

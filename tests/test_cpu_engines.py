@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from hypothesis import strategies as st
 import gpuinit
 from gpuinit.__main__ import main
 from gpuinit.backends import cpu
+from gpuinit.distributions import Normal, Uniform, find_sampling
 from gpuinit.initializers import DTYPES
 from gpuinit.stream import Run
 
@@ -41,11 +44,23 @@ FLOAT32 = DTYPES["float32"]
 PACKAGE = Path(gpuinit.__file__).parent
 
 
-def filled(engine, dtype, distribution, run, limit=0.1, key=7, stream=0):
+# One of every distribution that the samplers know, by the width.
+DRAWS = {
+    quantile.UNIFORM: lambda width: Uniform(-width, width, ("limit", width)),
+    quantile.TRUNCATED_NORMAL: lambda width: Normal(width, 0.0, -2.0, 2.0, ("stddev", width)),
+    quantile.NORMAL: lambda width: Normal(width, 0.5 * width, -math.inf, math.inf, ("stddev", width)),
+    quantile.UNIFORM_BETWEEN: lambda width: Uniform(-width, 3 * width, ("high", 3 * width)),
+    quantile.NORMAL_BETWEEN: lambda width: Normal(width, 0.5 * width, -1.0, 2.5, ("stddev", width)),
+}
+
+
+def filled(engine, dtype, distribution, run, width=0.1, key=7, stream=0):
     """The bytes that an engine writes for one run."""
     out = np.full(run.length * run.rows, 77, DTYPES[dtype])
     fill = {"numpy": cpu.fill_with_numpy, "numba": cpu.fill_with_numba}[engine]
-    fill(out, [run], key, stream, distribution, limit)
+    sampling = find_sampling(DRAWS[distribution](width), out.dtype)
+    assert sampling[0] == distribution
+    fill(out, [run], (key, stream, *sampling))
     return out.tobytes()
 
 
@@ -58,17 +73,17 @@ def digest(shape=(300, 301), dtype="float32"):
 
 @given(
     dtype=st.sampled_from(tuple(DTYPES)),
-    distribution=st.sampled_from([quantile.UNIFORM, quantile.TRUNCATED_NORMAL]),
+    distribution=st.sampled_from([*DRAWS]),
     offset=st.integers(0, 40) | st.integers(2**34 - 40, 2**34 + 40) | st.integers(0, 2**62),
     length=st.integers(1, 9) | st.integers(1, 3000),
     rows=st.integers(1, 7),
     stride=st.integers(0, 2**40),
-    limit=st.sampled_from([0.1, 2.0, 1e-5, 3e-8, 1e-40]),
+    width=st.sampled_from([0.1, 2.0, 1e-5, 3e-8, 1e-40]),
     key=st.integers(0, 2**64 - 1),
     stream=st.integers(0, 2**64 - 1),
 )
-def test_engines_write_the_same_bytes(dtype, distribution, offset, length, rows, stride, limit, key, stream):
-    arguments = (dtype, distribution, Run(offset, length, rows, stride), limit, key, stream)
+def test_engines_write_the_same_bytes(dtype, distribution, offset, length, rows, stride, width, key, stream):
+    arguments = (dtype, distribution, Run(offset, length, rows, stride), width, key, stream)
     assert filled("numba", *arguments) == filled("numpy", *arguments)
 
 
@@ -86,7 +101,7 @@ def test_engines_agree_at_both_ends_where_the_cut_at_1_acts():
     assert np.abs(samples).max() <= 1
 
 
-@pytest.mark.parametrize("distribution", [quantile.UNIFORM, quantile.TRUNCATED_NORMAL])
+@pytest.mark.parametrize("distribution", DRAWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_engines_write_the_same_bytes_over_many_tiles_and_threads(monkeypatch, dtype, distribution):
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
@@ -102,7 +117,7 @@ def test_rounding_to_16_bits_is_numpys_for_every_kind_of_number():
     for dtype in ("float16", "bfloat16"):
         with np.errstate(all="ignore"):
             expected = bits.view(np.float32).astype(DTYPES[dtype])
-        used = np.isfinite(expected)  # parse_limit lets no other through
+        used = np.isfinite(expected)  # find_sampling lets no other through
         expected = expected[used].view(np.uint16)
         pairs = np.stack([bits[used], bits[used][::-1]])
         made = numba_probe(f"round_to_{dtype}")(pairs, np.uint32, 1)[0]
@@ -116,9 +131,9 @@ def test_rounding_to_16_bits_is_numpys_for_every_kind_of_number():
 def test_every_width_writes_the_same_bytes(monkeypatch, dtype, blocks):
     """The number of blocks side by side is the processor's matter alone."""
     monkeypatch.setattr(compiled, "BLOCKS", blocks)
-    kernel = compiled.compile_kernel(DTYPES[dtype], cache=False)
-    monkeypatch.setattr(compiled, "kernel", lambda dtype: kernel)
-    for distribution in (quantile.UNIFORM, quantile.TRUNCATED_NORMAL):
+    for distribution in (quantile.UNIFORM, quantile.TRUNCATED_NORMAL, quantile.NORMAL_BETWEEN):
+        kernel = compiled.compile_kernel(DTYPES[dtype], distribution, cache=False)
+        monkeypatch.setattr(compiled, "kernel", lambda dtype, distribution, kernel=kernel: kernel)
         for run in (Run(2**34 - 1501, 3001, 3, 2**33 + 1), Run(5, 1, 9, 13), Run(2**40, 4096, 1, 0)):
             assert filled("numba", dtype, distribution, run) == filled("numpy", dtype, distribution, run)
 
@@ -168,14 +183,20 @@ def fuses_where_it_may(**options):
     return product_and_sum
 
 
+@cache
+def code_of_kernel(dtype, distribution):
+    return code_of(compiled.compile_kernel(DTYPES[dtype], distribution, cache=False))
+
+
 def code_of(function):
     """Assembly and LLVM's intermediate code."""
     return "\n".join(function.inspect_asm().values()), "\n".join(function.inspect_llvm().values())
 
 
+@pytest.mark.parametrize("distribution", DRAWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_float_operation_is_fused_or_relaxed(dtype):
-    assembly, intermediate = code_of(compiled.compile_kernel(DTYPES[dtype], cache=False))
+def test_no_float_operation_is_fused_or_relaxed(dtype, distribution):
+    assembly, intermediate = code_of_kernel(dtype, distribution)
     assert "mul" in assembly
     assert "fmul" in intermediate
     assert FUSED.findall(assembly) == []
@@ -193,11 +214,13 @@ def test_a_fused_operation_would_be_seen():
     assert not FUSED.findall(assembly)
 
 
+@pytest.mark.parametrize("distribution", DRAWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_are_written_side_by_side(dtype):
+def test_weights_are_written_side_by_side(dtype, distribution):
     """Not element by element to computed addresses, which took as long as making them. AVX-512 shows it."""
-    assembly, _ = code_of(compiled.compile_kernel(DTYPES[dtype], cache=False))
+    assembly, _ = code_of_kernel(dtype, distribution)
     assert "scatter" not in assembly
+    assert "gather" not in assembly  # nor table rows fetched number by number
 
 
 # Twins
@@ -221,7 +244,7 @@ def automatic(monkeypatch):
     """No engine is forced, and the process has made nothing yet."""
     monkeypatch.delenv("GPUINIT_CPU_ENGINE")
     monkeypatch.setattr(cpu, "elements_made", 0)
-    monkeypatch.setattr(cpu, "compiled_dtypes", set())
+    monkeypatch.setattr(cpu, "compiled_kernels", set())
 
 
 def test_numba_is_taken_once_it_pays_and_then_for_every_size(automatic):
@@ -229,6 +252,7 @@ def test_numba_is_taken_once_it_pays_and_then_for_every_size(automatic):
     assert cpu.engine(cpu.ELEMENTS_TO_REPAY, FLOAT32) == "numba"
     assert cpu.engine(1, FLOAT32) == "numba"
     assert cpu.engine(1, DTYPES["bfloat16"]) == "numpy"  # not loaded
+    assert cpu.engine(1, FLOAT32, quantile.NORMAL) == "numpy"
 
 
 def test_work_adds_up_over_calls(automatic, monkeypatch):
@@ -348,7 +372,7 @@ HITS = (
     DIGEST
     + """
 from gpuinit import compiled
-print(sum(compiled.kernel(w.dtype).stats.cache_hits.values()))
+print(sum(compiled.kernel(w.dtype, 1).stats.cache_hits.values()))
 """
 )
 
@@ -362,6 +386,36 @@ def test_compiled_code_is_kept_on_disk_and_a_spoilt_cache_does_no_harm(tmp_path)
     for path in files:
         path.write_bytes(path.read_bytes()[:100])
     assert run(HITS, **environment) == [digest(), "True", "0"]
+
+
+CHANGES = {
+    "he_normal": """
+import numpy as np
+from gpuinit import quantile
+quantile.R = (np.nextafter(quantile.R[0], np.float32(1)), *quantile.R[1:])
+""",
+    "normal": """
+from gpuinit import kernel_files, quantile
+table = kernel_files.normal_table
+quantile.normal_table = kernel_files.normal_table = lambda dtype: table(dtype) * (1 + dtype.type(2**-20))
+""",
+}
+MADE = """
+import hashlib, gpuinit
+print(hashlib.sha256(gpuinit.{function}((300, 301), seed=5, device="cpu")).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("function", CHANGES)
+def test_a_constant_that_changed_elsewhere_is_compiled_anew(tmp_path, function):
+    """Numba keeps machine code on disk, and looks at one file and at what the function closes over alone."""
+    environment = {"GPUINIT_CPU_ENGINE": "numba", "NUMBA_CACHE_DIR": str(tmp_path)}
+    made = MADE.format(function=function)
+    before = run(made, **environment)
+    after = run(CHANGES[function] + made, **environment)
+    assert after != before
+    assert after == run(CHANGES[function] + made, GPUINIT_CPU_ENGINE="numpy")
+    assert before == run(made, **environment)
 
 
 def test_no_directory_for_the_cache_does_no_harm(tmp_path):
@@ -421,13 +475,13 @@ def test_the_limit_of_threads_and_the_affinity_are_obeyed(monkeypatch):
     kernel = compiled.kernel
     running = set()
 
-    def spying(dtype):
+    def spying(dtype, distribution):
         def fill(*arguments):
             running.add(threading.get_ident())
             if len(running) == expected:
                 all_there.set()
             all_there.wait(60)  # the others must not do all the work before the last one starts
-            kernel(dtype)(*arguments)
+            kernel(dtype, distribution)(*arguments)
 
         return fill
 
@@ -471,7 +525,7 @@ def test_an_error_in_a_thread_stops_the_others_and_is_raised(monkeypatch):
 
     monkeypatch.setenv("GPUINIT_CPU_ENGINE", "numba")
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
-    monkeypatch.setattr(compiled, "kernel", lambda dtype: fail_once)
+    monkeypatch.setattr(compiled, "kernel", lambda dtype, distribution: fail_once)
     monkeypatch.setattr(cpu, "COMPILED_ELEMENTS_AT_ONCE", 2**14)
     monkeypatch.setattr(cpu, "COMPILED_ELEMENTS_PER_THREAD", 2**14)
     with pytest.raises(MemoryError, match="no room"):

@@ -373,6 +373,34 @@ def test_what_passes_is_an_error_that_is_not_remembered(cupy_sim, monkeypatch, c
     assert isinstance(gpuinit.he_normal((5, 7), seed=1), cupy_sim.ndarray)
 
 
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        ("out of memory", MemoryError, "no memory left for the kernel"),
+        ("stream is capturing", RuntimeError, "before the capture$"),
+        ("something else", RuntimeError, "does not compile or load"),
+    ],
+)
+def test_a_second_kernel_that_cannot_be_loaded_is_an_error(cupy_sim, monkeypatch, cause, kind, message):
+    """The one for distributions that are not round 0, which nothing has tried before."""
+    gpuinit.he_normal((5, 7), seed=1, device="cuda")
+    compile_kernel = cupy_sim.RawKernel.compile
+
+    def fail(self):
+        if "#define SHIFTED" in self.code:
+            raise RuntimeError(cause)
+        compile_kernel(self)
+
+    out = cupy_sim.ndarray(np.ones((5, 7), np.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy_sim.RawKernel, "compile", fail)
+        with pytest.raises(kind, match=message):
+            gpuinit.normal((5, 7), seed=1, out=out)
+    assert (out.host == 1).all()
+    gpuinit.normal((5, 7), seed=1, out=out)
+    assert (out.host != 1).all()
+
+
 def test_a_forked_child_looks_for_cuda_anew(cupy_sim, monkeypatch):
     assert devices.cuda_problem() is None
     monkeypatch.setattr(os, "getpid", lambda: -1)

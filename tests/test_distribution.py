@@ -7,11 +7,13 @@ known fault that it must reject.
 
 from __future__ import annotations
 
+import functools
 import math
 from statistics import NormalDist
 
 import numpy as np
 import pytest
+from mpmath import mp, mpf
 
 import gpuinit
 from gpuinit.__main__ import EXPECTED_KURTOSIS
@@ -201,3 +203,104 @@ def test_a_thousand_seeds_have_a_thousand_first_weights(device):
         for seed in range(1000)
     }
     assert len(first) == 1000
+
+
+# The normal, cut nowhere and anywhere: 2**26 weights each, by NumPy's engine, whose bits all devices have.
+
+LARGE = 2**26
+CHUNK = 2**22
+ORDERS = range(1, 13)
+LEVELS = np.arange(1, 1024) / 1024
+TAILS = (-6.0, -5.5, -5.0, -4.75, -4.5, -4.0, 4.0, 4.5, 4.75, 5.0, 5.5, 6.0)
+LEAST_EXPECTED = 40  # beyond a tail's border: fewer would not be missed, as 6 * sqrt(36) = 36
+BOUNDS = [(-math.inf, math.inf), (-3.0, 3.0), (-1.0, 2.5), (3.0, math.inf)]
+
+
+class Exact:
+    """Moments, quantiles and tail probabilities of the unit normal between two bounds, by mpmath."""
+
+    def __init__(self, lower: float, upper: float) -> None:
+        with mp.workdps(30):
+            a, b = mpf(lower), mpf(upper)
+            within = mp.ncdf(-a) - mp.ncdf(-b)
+            ends = [(sign, x) for sign, x in ((1, a), (-1, b)) if mp.isfinite(x)]
+            moments = [mpf(1), sum(sign * mp.npdf(x) for sign, x in ends) / within]
+            for k in range(2, 25):  # E z**k = (k-1) E z**(k-2) + what stands at the ends
+                edge = sum(sign * x ** (k - 1) * mp.npdf(x) for sign, x in ends)
+                moments.append((k - 1) * moments[k - 2] + edge / within)
+            self.moments = [float(m) for m in moments]
+            above = [(1 - level) * within + mp.ncdf(-b) for level in LEVELS]
+            self.points = [float(-mp.sqrt(2) * mp.erfinv(2 * tail - 1)) for tail in above]
+            self.tails = {}
+            for t in TAILS:
+                end = b if t > 0 else -a
+                if lower < t < upper:
+                    self.tails[t] = float((mp.ncdf(-abs(t)) - mp.ncdf(-end)) / within)
+
+
+@functools.cache
+def exact_between(lower: float, upper: float) -> Exact:
+    return Exact(lower, upper)
+
+
+def faults(z: np.ndarray, lower: float, upper: float) -> set[str]:
+    """What the weights fail of moments 1 to 12, each within SIGMAS, the DKW test with a false alarm of
+    FALSE_ALARM, the counts beyond the borders of TAILS within SIGMAS of Poisson's, and the bounds.
+    """
+    exact = exact_between(lower, upper)
+    sums, below = np.zeros(len(ORDERS)), np.zeros(len(LEVELS) + 1)
+    beyond = {t: 0 for t, tail in exact.tails.items() if tail * z.size >= LEAST_EXPECTED}
+    for start in range(0, z.size, CHUNK):
+        chunk = z[start : start + CHUNK].astype(np.float64)
+        below += np.bincount(np.searchsorted(exact.points, chunk), minlength=len(LEVELS) + 1)
+        for t in beyond:
+            beyond[t] += int((chunk > t if t > 0 else chunk < t).sum())
+        power = np.ones_like(chunk)
+        for k in ORDERS:
+            power *= chunk
+            sums[k - 1] += power.sum()
+    found = set()
+    for k in ORDERS:
+        error = math.sqrt((exact.moments[2 * k] - exact.moments[k] ** 2) / z.size)
+        if abs(sums[k - 1] / z.size - exact.moments[k]) > SIGMAS * error:
+            found.add(f"moment {k}")
+    if np.abs(np.cumsum(below)[:-1] / z.size - LEVELS).max() > dkw_bound(z.size):
+        found.add("DKW")
+    for t, count in beyond.items():
+        expected = exact.tails[t] * z.size
+        if abs(count - expected) > SIGMAS * math.sqrt(expected):
+            found.add(f"tail {t}")
+    if z.min() < lower or z.max() > upper:
+        found.add("bounds")
+    return found
+
+
+@functools.lru_cache(maxsize=1)  # each has 256 MiB
+def large(lower: float, upper: float) -> np.ndarray:
+    return gpuinit.truncated_normal(LARGE, 1.0, 0.0, lower, upper, seed=30, device="cpu")
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_the_normal_between_any_bounds_has_its_distribution(bounds):
+    assert faults(large(*bounds), *bounds) == set()
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_the_same_half_a_percent_too_wide_is_rejected(bounds):
+    """The control of moments and distribution function, with a quarter of the weights."""
+    assert {"moment 2", "moment 4", "DKW"} <= faults(large(*bounds)[::4] * np.float32(1.006), *bounds)
+
+
+def test_a_tail_that_is_too_thin_is_rejected():
+    """The control of the counts: the samples beyond 4.6 drawn in, which no low moment shows."""
+    z = large(*BOUNDS[0])
+    found = faults(np.where(np.abs(z) > 4.6, np.sign(z) * np.float32(4.55), z), *BOUNDS[0])
+    assert {"tail 4.75", "tail -4.75"} <= found
+    assert not {"moment 1", "moment 2", "DKW", "tail 4.5", "tail 4.0"} & found
+
+
+@pytest.mark.parametrize(("made", "claimed"), [((-3.0, 3.0), BOUNDS[0]), (BOUNDS[0], (-3.0, 3.0))])
+def test_a_cut_that_is_missing_or_too_many_is_rejected(made, claimed):
+    found = faults(large(*made)[::4], *claimed)
+    assert {"moment 2", "moment 12", "DKW"} <= found
+    assert ("bounds" in found) == (made == BOUNDS[0])

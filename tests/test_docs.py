@@ -140,6 +140,28 @@ def test_the_program_of_the_format_page_makes_the_librarys_bytes(device, name, s
             assert device.numpy(made).tobytes() == rounded.tobytes()
 
 
+# Bounds of every kind: none, symmetric, asymmetric, one-sided, below the mean, far out.
+BOUNDS = [(-math.inf, math.inf), (-3.0, 3.0), (-1.0, 2.5), (3.0, math.inf), (-4.0, -0.5), (8.5, 9.0)]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_program_makes_normal_weights_with_any_bounds(device, bounds, dtype):
+    kind = 64 if dtype == "float64" else 32
+    for place in PLACES:
+        wanted = implementation()["normal_weight"](place, kind, 42, "é", 0.3, -0.7, *bounds)
+        wide = np.float64(wanted) if kind == 64 else np.float32(wanted)
+        rounded = np.asarray(wide).astype(getattr(ml_dtypes, dtype, dtype))
+        keywords = {"seed": 42, "name": "é", "dtype": dtype, "index": slice(place, place + 1)}
+        made = gpuinit.truncated_normal((2**63 - 1,), 0.3, -0.7, *bounds, device=device.name, **keywords)
+        assert device.numpy(made).tobytes() == rounded.tobytes()
+        wanted = implementation()["uniform_weight"](place, kind, 42, "é", -0.1, 0.7)
+        wide = np.float64(wanted) if kind == 64 else np.float32(wanted)
+        rounded = np.asarray(wide).astype(getattr(ml_dtypes, dtype, dtype))
+        made = gpuinit.uniform((2**63 - 1,), -0.1, 0.7, device=device.name, **keywords)
+        assert device.numpy(made).tobytes() == rounded.tobytes()
+
+
 def test_the_tables_of_the_format_page_are_its_programs():
     narrow = re.findall(r"^\| ([RYNQ]) +\|(.*)\|$", FORMAT, re.MULTILINE)
     assert [letter for letter, _ in narrow] == list("RYNQ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gpuinit
 from gpuinit import __main__, devices, doctor, quantile
 from gpuinit.backends import cuda
 
@@ -48,15 +50,26 @@ def statuses(report: dict) -> dict[str, str]:
 
 
 def test_its_digests_are_those_of_the_golden_table():
-    table = {
-        (row["function"], row["keywords"]["dtype"]): row["sha256"]
-        for row in TABLE["arrays"]
-        if row["arguments"] == [list(doctor.SHAPE)] and row["keywords"]["seed"] == 0
-    }
     assert TABLE["format"] == doctor.STREAM_FORMAT
-    assert len(doctor.GOLDEN) == 5
-    assert {dtype for _, dtype, _ in doctor.GOLDEN} == {"float32", "float16", "bfloat16", "float64"}
-    assert all(table[function, dtype] == digest for function, dtype, digest in doctor.GOLDEN)
+    assert {dtype for _, dtype, _, _ in doctor.GOLDEN} == {"float32", "float16", "bfloat16", "float64"}
+    for function, dtype, digest, arguments in doctor.GOLDEN:
+        keywords = {"seed": 0, "dtype": dtype, **arguments}
+        row = {
+            "function": function,
+            "arguments": [list(doctor.SHAPE)],
+            "keywords": keywords,
+            "sha256": digest,
+        }
+        assert row in TABLE["arrays"]
+
+
+def test_the_arguments_of_a_golden_array_are_given_to_it(monkeypatch):
+    weights = gpuinit.normal((1000, 1001), 1.5, -0.5, seed=0, dtype="float16", device="cpu")
+    row = ("normal", "float16", hashlib.sha256(weights.tobytes()).hexdigest(), {"stddev": 1.5, "mean": -0.5})
+    monkeypatch.setattr(doctor, "GOLDEN", (row,))
+    assert doctor.check_bytes("cpu", "cpu")["status"] == "ok"
+    monkeypatch.setattr(doctor, "GOLDEN", ((*row[:3], {"stddev": 1.5, "mean": 0.5}),))
+    assert "normal makes wrong bytes in float16." in doctor.check_bytes("cpu", "cpu")["detail"]
 
 
 def test_a_laptop_without_cuda_is_healthy(no_cuda, capsys):
@@ -106,12 +119,13 @@ def test_without_a_device_the_kernel_is_compiled_all_the_same(no_gpu, monkeypatc
     monkeypatch.setattr(cuda, "compile_offline", lambda *given: compiled.append(real(*given)))
     status, text = run(capsys)
     assert status == 0
-    assert re.search(r"✓  cuda, nvrtc  the kernel compiles for sm_80, \d+\.\d s$", text, re.MULTILINE)
+    assert re.search(r"✓  cuda, nvrtc  both kernels compile for sm_80, \d+\.\d s$", text, re.MULTILINE)
     assert all(len(line) <= 80 for line in text.splitlines())
-    ((image, ptx, _),) = compiled
-    assert image[:4] == b"\x7fELF"
-    assert ".target sm_80" in ptx
-    assert ".entry fill_bfloat16(" in ptx
+    for image, ptx, _ in compiled:
+        assert image[:4] == b"\x7fELF"
+        assert ".target sm_80" in ptx
+        assert ".entry fill_bfloat16(" in ptx
+    assert ["NORMAL32" in ptx for _, ptx, _ in compiled] == [False, True]  # that of the tables
 
 
 def broken_library(*_: object) -> None:
@@ -133,7 +147,7 @@ def no_headers(*_: object) -> None:
         ("cupy._core.core.assemble_cupy_compiler_options", no_headers, "Failed to find CUDA headers"),
         (
             "gpuinit.backends.cuda.source",
-            lambda: "fault",
+            lambda shifted: "fault" if shifted else "",
             "does not compile or load (RuntimeError: fill.cu(1): error",
         ),
     ],
@@ -201,6 +215,6 @@ def test_the_screen_is_80_columns_wide_and_takes_ascii(cupy_sim, capsys):
     long = doctor.row("  x  ", "/a/very/long/path" * 9 + " and words " * 20)
     assert all(len(line) <= 80 for line in [*text.splitlines(), *long.splitlines()])
     assert "  healthy" in text
-    assert "✓  cpu, numpy   5 golden digests equal" in text
+    assert f"✓  cpu, numpy   {len(doctor.GOLDEN)} golden digests equal" in text
     assert doctor.marks("ascii") == doctor.ASCII_MARKS
     assert doctor.marks("utf-8") == doctor.MARKS

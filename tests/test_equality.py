@@ -60,6 +60,47 @@ def test_devices_agree_on_a_large_array(device, dtype):
     assert_same_bytes(device.numpy(made), whole((1024, 4099), seed=13, dtype=dtype))
 
 
+# Function, arguments: the normal, with and without a mean and bounds, and a uniform that is not round 0.
+DRAWS = (
+    ("normal", (0.02,)),
+    ("normal", (1.5, -0.25)),
+    ("truncated_normal", (0.02, 0.0, -3.0, 3.0)),
+    ("truncated_normal", (0.3, 0.1, -1.0, 2.5)),
+    ("truncated_normal", (1.0, 0.0, 3.0, math.inf)),
+    ("truncated_normal", (1.0, -4.0, -math.inf, -3.0)),
+    ("truncated_normal", (0.5, 1.0)),
+    ("uniform", (-0.25, 1.5)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("function", "arguments"), DRAWS)
+def test_devices_agree_on_every_distribution(device, dtype, function, arguments):
+    make, keywords = getattr(gpuinit, function), {"seed": 24, "name": "w", "dtype": dtype}
+    for shape in ((), (7,), (300, 1001)):
+        expected = by_numpy(make, shape, *arguments, **keywords)
+        made = make(shape, *arguments, device=device.name, **keywords)
+        assert_same_bytes(device.numpy(made), expected)
+    for index in (np.s_[3:200, 5:77], np.s_[17], np.s_[:, 999:]):
+        part = device.numpy(make(shape, *arguments, index=index, device=device.name, **keywords))
+        assert_same_bytes(part, np.ascontiguousarray(expected[index]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-30, 1e-37, 1.2e-38, 3e-42, 1e-45])
+def test_devices_agree_on_subnormal_weights_of_every_distribution(device, size, dtype):
+    keywords = {"seed": 25, "dtype": dtype}
+    for function, arguments in (
+        ("normal", (size, size)),
+        ("normal", (size, 0.0)),
+        ("truncated_normal", (size, -size, -1.0, 2.5)),
+        ("uniform", (-size, 3 * size)),
+    ):
+        make = getattr(gpuinit, function)
+        made = make(5003, *arguments, device=device.name, **keywords)
+        assert_same_bytes(device.numpy(made), by_numpy(make, 5003, *arguments, **keywords))
+
+
 # Results that are subnormal, or come of a limit that is: CuPy compiles with -ftz=true, NumPy keeps them.
 @pytest.mark.parametrize("limit", [1e-30, 1e-37, 1.2e-38, 1e-38, 3e-42, 1e-45, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +137,7 @@ def test_a_length_is_a_prefix_of_a_greater_one(device, dtype):
 def test_block_and_grid_do_not_matter(device, monkeypatch, threads, blocks):
     expected = {dtype: whole((37, 1003), seed=16, dtype=dtype) for dtype in DTYPES}
     monkeypatch.setattr(cuda, "THREADS_PER_BLOCK", threads)
-    monkeypatch.setattr(cuda, "resident_blocks", lambda device, dtype: blocks)
+    monkeypatch.setattr(cuda, "resident_blocks", lambda device, dtype, shifted: blocks)
     monkeypatch.setattr(cpu, "BLOCKS_ALONE", threads // 31)
     cuda.launch_shape.cache_clear()  # it remembers shapes of other numbers of threads
     for dtype in DTYPES:

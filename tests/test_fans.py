@@ -9,7 +9,8 @@ import pytest
 from mpmath import mp
 
 import gpuinit
-from gpuinit.fans import TRUNCATED_STD, fans, parent_std, uniform_limit
+from gpuinit.distributions import GLOROT_UNIFORM, HE_NORMAL, HE_UNIFORM, TRUNCATED_STD, draw_of
+from gpuinit.fans import fans
 
 
 def test_the_standard_deviation_of_the_truncated_normal():
@@ -74,14 +75,36 @@ def test_the_family_has_its_standard_deviations(function, std):
 
 
 def test_a_fan_below_one_counts_as_one():
-    assert parent_std(2, 0) == parent_std(2, 1) == math.sqrt(2) / TRUNCATED_STD
-    assert uniform_limit(2, 0.5) == math.sqrt(6)
+    assert draw_of(HE_NORMAL, 0, 5) == draw_of(HE_NORMAL, 1, 5)
+    assert draw_of(HE_NORMAL, 0, 5).stddev == math.sqrt(2) / TRUNCATED_STD
+    assert draw_of(HE_UNIFORM, 0, 5).high == math.sqrt(6)
+    assert draw_of(GLOROT_UNIFORM, 0, 1).high == math.sqrt(3)
+    assert draw_of(HE_UNIFORM._replace(mode="fan_geo_avg"), 0, 7).high == math.sqrt(6)
 
 
 def test_modes_and_scale():
-    for mode, fan in (("fan_in", 200), ("fan_out", 500), ("fan_avg", 350)):
+    for mode, fan in (("fan_in", 200), ("fan_out", 500), ("fan_avg", 350), ("fan_geo_avg", math.sqrt(1e5))):
         w = gpuinit.variance_scaling((200, 500), 3.0, mode, "uniform", seed=2, device="cpu")
         assert np.abs(w).max() == pytest.approx(math.sqrt(9 / fan), rel=1e-3)
+
+
+@pytest.mark.parametrize("distribution", ["truncated_normal", "untruncated_normal", "uniform"])
+def test_every_distribution_has_the_variance_that_is_asked_for(distribution):
+    """Within six standard errors; the kurtosis is 3 at most."""
+    w = gpuinit.variance_scaling((200, 500), 3.0, "fan_geo_avg", distribution, seed=2, device="cpu")
+    deviations = np.abs(w.astype(np.float64)) / math.sqrt(3 / math.sqrt(1e5))
+    assert abs(np.mean(deviations**2) - 1) < 6 * math.sqrt(2 / w.size)
+    least, most = {
+        "truncated_normal": (0.999 * 2 / TRUNCATED_STD, 2 / TRUNCATED_STD),
+        "untruncated_normal": (3.7, 6.34),  # nothing beyond 3.7 once in 2**31 runs
+        "uniform": (0.999 * math.sqrt(3), math.sqrt(3)),
+    }[distribution]
+    assert least < deviations.max() <= most * (1 + 1e-6)
+
+
+def test_the_untruncated_normal_is_normal_with_the_width_of_the_fans():
+    w = gpuinit.variance_scaling((200, 500), 2.0, "fan_out", "untruncated_normal", seed=2, device="cpu")
+    assert w.tobytes() == gpuinit.normal((200, 500), math.sqrt(2 / 500), seed=2, device="cpu").tobytes()
 
 
 def test_he_normal_of_a_transposed_kernel_has_its_own_fans():

@@ -41,6 +41,12 @@ def core(shape=SHAPE, fill=gpuinit.he_normal, **kwargs):
 
 
 NAMES = ("he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "lecun_normal", "lecun_uniform")
+ALIASES = {
+    "kaiming_normal": "he_normal",
+    "kaiming_uniform": "he_uniform",
+    "xavier_normal": "glorot_normal",
+    "xavier_uniform": "glorot_uniform",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,29 +57,155 @@ def test_the_family_has_the_bits_of_the_core(name):
     assert same(getattr(gpuinit.jax, name)(**axes)(key(), (3, 4, 5, 6)), expected)
 
 
-def test_variance_scaling_and_truncated_normal_have_the_bits_of_the_core():
-    arguments = (0.7, "fan_out", "uniform")
-    expected = core(fill=partial(gpuinit.variance_scaling, scale=0.7, mode="fan_out", distribution="uniform"))
-    assert same(gpuinit.jax.variance_scaling(*arguments)(key(), SHAPE), expected)
-    assert same(
-        gpuinit.jax.truncated_normal(0.3)(key(), SHAPE), core(fill=gpuinit.truncated_normal, stddev=0.3)
-    )
-    assert same(
-        gpuinit.jax.truncated_normal()(key(), SHAPE), core(fill=gpuinit.truncated_normal, stddev=0.01)
-    )
+# Initialisers of JAX's names, and what the core calls the same.
+DRAWS = {
+    "normal": (gpuinit.jax.normal, partial(gpuinit.normal, stddev=0.01)),
+    "normal of 0.3": (partial(gpuinit.jax.normal, 0.3), partial(gpuinit.normal, stddev=0.3)),
+    "uniform": (gpuinit.jax.uniform, partial(gpuinit.uniform, low=0, high=0.01)),
+    "uniform of 10": (partial(gpuinit.jax.uniform, 10.0), partial(gpuinit.uniform, low=0, high=10)),
+    "truncated": (gpuinit.jax.truncated_normal, partial(gpuinit.truncated_normal, stddev=0.01)),
+    "truncated at other bounds": (
+        partial(gpuinit.jax.truncated_normal, 0.3, lower=-0.5, upper=3),
+        partial(gpuinit.truncated_normal, stddev=0.3, lower=-0.5, upper=3),
+    ),
+    "scaled, normal": (
+        partial(gpuinit.jax.variance_scaling, 0.7, "fan_geo_avg", "normal"),
+        partial(gpuinit.normal, stddev=(0.7 / (96 * 40) ** 0.5) ** 0.5),
+    ),
+    "scaled, truncated": (
+        partial(gpuinit.jax.variance_scaling, 0.7, "fan_avg", "truncated_normal"),
+        partial(gpuinit.truncated_normal, stddev=(0.7 / 68) ** 0.5 / 0.87962566103423978),
+    ),
+    "scaled, uniform": (
+        partial(gpuinit.jax.variance_scaling, 0.7, "fan_out", "uniform"),
+        partial(gpuinit.uniform, limit=(3 * 0.7 / 40) ** 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_have_the_bits_of_the_core(draw, dtype):
+    ours, fill = DRAWS[draw]
+    keys = jax.random.wrap_key_data(jnp.array([[0, 3], [SEED >> 32, SEED & 0xFFFFFFFF]], jnp.uint32))
+    with jax.enable_x64(dtype == "float64"):
+        for init in (ours(dtype=dtype), partial(ours(), dtype=jnp.dtype(dtype))):
+            expected = core(fill=fill, dtype=dtype)
+            assert same(init(key(), SHAPE), expected)
+            assert same(jax.jit(partial(init, shape=SHAPE))(key()), expected)
+            many = jax.vmap(partial(init, shape=SHAPE))(keys)
+            assert same(many[0], core(fill=fill, dtype=dtype, seed=3))
+            assert same(many[1], expected)
+
+
+def test_the_meaning_is_that_of_jax():
+    """Two-sample Kolmogorov-Smirnov with 2**16 weights of each: over the bound, 0.0181, once in 1e9."""
+    from scipy.stats import ks_2samp
+
+    shape = (512, 128)
+    bound = (np.log(2 / 1e-9) / shape[0] / shape[1]) ** 0.5
+
+    def distance(ours, theirs):
+        draws = ours(jax.random.key(1), shape), theirs(jax.random.key(2), shape)
+        return ks_2samp(*(np.asarray(draw).ravel() for draw in draws)).statistic
+
+    modes = ("fan_in", "fan_out", "fan_avg", "fan_geo_avg")
+    words = ("normal", "truncated_normal", "uniform", "normal")
+    calls = [("variance_scaling", (0.7, *pair)) for pair in zip(modes, words, strict=True)]
+    calls += [("normal", ()), ("uniform", ()), ("uniform", (10.0,)), ("truncated_normal", ())]
+    calls += [("truncated_normal", (0.3, None, *bounds)) for bounds in [(-0.5, 3), (1, 4), (-2, 0.5)]]
+    for name, arguments in calls:
+        made = [getattr(owner, name)(*arguments) for owner in (gpuinit.jax, jax.nn.initializers)]
+        assert distance(*made) < bound, (name, arguments)
+    theirs = jax.nn.initializers.variance_scaling(0.7, "fan_avg", "normal")
+    for wrong in (("fan_geo_avg", "normal"), ("fan_avg", "truncated_normal")):
+        assert distance(gpuinit.jax.variance_scaling(0.7, *wrong), theirs) > bound
+
+
+@pytest.mark.parametrize("array", [jnp.float32, jnp.bfloat16, np.float64, jnp.int32])
+def test_numbers_may_be_arrays_of_no_dimension(array):
+    for ours, fill in (
+        (gpuinit.jax.normal(array(3)), partial(gpuinit.normal, stddev=3)),
+        (gpuinit.jax.uniform(array(3)), partial(gpuinit.uniform, low=0, high=3)),
+        (
+            gpuinit.jax.truncated_normal(array(3), lower=array(-1), upper=array(2)),
+            partial(gpuinit.truncated_normal, stddev=3, lower=-1, upper=2),
+        ),
+        (
+            gpuinit.jax.variance_scaling(array(3), "fan_in", "normal"),
+            partial(gpuinit.variance_scaling, scale=3, distribution="untruncated_normal"),
+        ),
+    ):
+        assert same(ours(key(), SHAPE), core(fill=fill))
+        assert same(jax.jit(partial(ours, shape=SHAPE))(key()), core(fill=fill))
+
+
+def test_numbers_that_are_traced_are_refused_in_words():
+    for name, argument, more in (
+        ("normal", "stddev", ()),
+        ("truncated_normal", "stddev", ()),
+        ("uniform", "scale", ()),
+        ("variance_scaling", "scale", ("fan_in", "normal")),
+    ):
+        init = getattr(gpuinit.jax, name)
+        with pytest.raises(TypeError, match=rf"^{argument} must be .*that is known now, got .*Tracer"):
+            jax.jit(lambda number, init=init, more=more: init(number, *more)(key(), SHAPE))(0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: gpuinit.jax.normal(-1.0), r"^stddev must be .* >= 0, got -1\.0$"),
+        (lambda: gpuinit.jax.uniform(-1.0), r"^scale must be .* >= 0, got -1\.0$"),
+        (lambda: gpuinit.jax.truncated_normal(1.0, None, 2, 1), r"^upper must be .*got lower 2\.0"),
+        (lambda: gpuinit.jax.variance_scaling(0, "fan_in", "normal"), r"^scale must be .*got 0$"),
+        (
+            lambda: gpuinit.jax.variance_scaling(1, "fan", "normal"),
+            r"^mode must be .*fan_geo_avg, got 'fan'$",
+        ),
+        (
+            lambda: gpuinit.jax.variance_scaling(1, "fan_in", "untruncated_normal"),
+            r"^distribution must be one of truncated_normal, normal, uniform, got 'untruncated_normal'$",
+        ),
+    ],
+)
+def test_wrong_numbers_and_words_are_refused_at_once(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
+def test_weights_that_would_be_infinite_are_refused(under):
+    for name, argument in (("normal", "stddev"), ("truncated_normal", "stddev"), ("uniform", "scale")):
+        init = getattr(gpuinit.jax, name)(1e5)
+        assert under(lambda k, init=init: init(k, SHAPE))(key()).dtype == np.float32
+        with pytest.raises(
+            ValueError, match=rf"^{argument} must leave .*finite in float16, got {argument} 1"
+        ):
+            under(lambda k, init=init: init(k, SHAPE, np.float16))(key())
 
 
 def test_arguments_are_those_of_jax():
     from inspect import signature
 
-    for name in (*NAMES, "variance_scaling", "truncated_normal"):
+    draws = ("variance_scaling", "truncated_normal", "normal", "uniform")
+    for name in (*NAMES, *ALIASES, *draws):
         ours, theirs = getattr(gpuinit.jax, name), getattr(jax.nn.initializers, name)
-        taken = [p for p in signature(theirs).parameters.values() if p.name not in ("lower", "upper")]
-        assert [(p.name, p.default) for p in signature(ours).parameters.values()] == [
-            (p.name, p.default) for p in taken
+        assert [(p.name, p.default, p.kind) for p in signature(ours).parameters.values()] == [
+            (p.name, p.default, p.kind) for p in signature(theirs).parameters.values()
         ]
     theirs = signature(jax.nn.initializers.he_normal()).parameters
-    assert list(signature(gpuinit.jax.he_normal()).parameters) == list(theirs)
+    for init in (gpuinit.jax.he_normal(), gpuinit.jax.normal(), gpuinit.jax.uniform()):
+        assert list(signature(init).parameters) == list(theirs)
+
+
+def test_names_of_jax_are_all_here():
+    for alias, name in ALIASES.items():
+        assert getattr(gpuinit.jax, alias) is getattr(gpuinit.jax, name)
+    for name in ("zeros", "ones", "constant"):
+        assert getattr(gpuinit.jax, name) is getattr(jax.nn.initializers, name)
+    theirs = {name for name in vars(jax.nn.initializers) if not name.startswith("_")}
+    assert theirs - set(gpuinit.jax.__all__) == {"Initializer", "orthogonal", "delta_orthogonal"}
 
 
 @pytest.mark.parametrize("shape", [(), 7, (0, 3), (5,), (3, 3, 8, 4)])
@@ -146,6 +278,8 @@ def test_errors_come_at_once(under):
         draw(key())
     with pytest.raises(ValueError, match=r"^dtype must be one of .*int32"):
         under(lambda k: gpuinit.jax.he_normal()(k, SHAPE, np.int32))(key())
+    with pytest.raises(ValueError, match=r"^dtype must be one of .*complex64"):
+        under(lambda k: gpuinit.jax.normal()(k, SHAPE, np.complex64))(key())
     with pytest.raises(TypeError, match=r"^out_sharding must be .*got 'x'"):
         under(lambda k: gpuinit.jax.he_normal()(k, SHAPE, out_sharding="x"))(key())
 
@@ -292,6 +426,23 @@ def test_flax_linen_and_nnx_take_it():
     assert same(filled["kernel"][...], core((8, 4), seed=9, name="kernel"))
 
 
+def test_the_table_of_flax_takes_its_default_of_ours():
+    """Flax names one axis in and out; JAX divides all by the axes that are out, so that fan_in is 32."""
+    linen = pytest.importorskip("flax.linen", reason="Flax is not installed")
+    init, seeds = gpuinit.jax.variance_scaling(1.0, "fan_in", "normal", out_axis=0), []
+
+    def recording(key, *arguments):
+        seeds.append(key)
+        return init(key, *arguments)
+
+    embed = linen.Embed(64, 32, embedding_init=recording)
+    eager, jitted = (run(key(), jnp.array([3])) for run in (embed.init, jax.jit(embed.init)))
+    seed = gpuinit.jax.seed_of(np.asarray(jax.random.key_data(seeds[0])))
+    for tables in (eager, jitted):
+        table = tables["params"]["embedding"]
+        assert same(table, core((64, 32), gpuinit.normal, seed=seed, stddev=32**-0.5))
+
+
 def test_haiku_takes_it():
     hk = pytest.importorskip("haiku", reason="Haiku is not installed")
     init = gpuinit.jax.he_normal()
@@ -314,3 +465,16 @@ def test_equinox_takes_it():
     model = gpuinit.jax.initialize(model, 9, rules)
     assert same(model.layers[0].weight, core((16, 8), seed=9, name="layers/0/weight", **axes))
     assert model(jnp.ones(8)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"in_axis": 2, "out_axis": 0}, {"out_axis": -4}, {"in_axis": 3, "out_axis": 1}]
+)
+def test_an_axis_outside_the_shape_is_no_shared_one(axes):
+    with pytest.raises(ValueError, match=r"must be an axis or a sequence of axes in \[-2, 2\), got "):
+        gpuinit.jax.he_normal(**axes)(key(), (300, 400))
+
+
+def test_the_one_axis_of_a_vector_may_be_in_and_out():
+    made = gpuinit.jax.variance_scaling(1.0, "fan_in", "normal", in_axis=0)(jax.random.key(4), (512,))
+    assert same(made, core((512,), gpuinit.normal, seed=4, stddev=1.0))  # JAX's fan_in is 1

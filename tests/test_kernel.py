@@ -26,13 +26,14 @@ def compile_to_ptx(source: str, options: tuple[str, ...]) -> str:
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("shifted", [False, True], ids=["round 0", "shifted"])
 @pytest.mark.parametrize("headers", [True, False], ids=["as CuPy", "no include path"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(architecture, headers):
+def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(architecture, headers, shifted):
     options = cuda.compiler_options(architecture)
     if not headers:
         options = tuple(option for option in options if not option.startswith("-I"))
-    ptx = compile_to_ptx(cuda.source(), options)
+    ptx = compile_to_ptx(cuda.source(shifted), options)
     for name in ("float32", "float16", "bfloat16", "float64"):
         assert f".entry fill_{name}(" in ptx
     assert faults(ptx) == []
@@ -59,22 +60,25 @@ def faults(ptx: str) -> list[str]:
 @needs_nvrtc
 def test_a_plain_product_and_sum_are_seen():
     """The control: without the intrinsics the operations could fuse, with contraction they do."""
-    plain = cuda.source().replace("__fmul_rn(a, b)", "a * b").replace("__fadd_rn(a, b)", "a + b")
-    assert plain != cuda.source()
-    fused = tuple(option for option in cuda.compiler_options(90) if "fmad" not in option)
-    assert any(fault.startswith("fma") for fault in faults(compile_to_ptx(plain, fused)))
+    for shifted in (False, True):
+        code = cuda.source(shifted)
+        plain = code.replace("__fmul_rn(a, b)", "a * b").replace("__fadd_rn(a, b)", "a + b")
+        assert plain != code
+        fused = tuple(option for option in cuda.compiler_options(90) if "fmad" not in option)
+        assert any(fault.startswith("fma") for fault in faults(compile_to_ptx(plain, fused)))
     unrefined = cuda.source().replace("return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);", "return y;")
     assert unrefined != cuda.source()
     assert any(".approx" in fault for fault in faults(compile_to_ptx(unrefined, cuda.compiler_options(90))))
 
 
-def run_on_host(library, n: int = 2**16) -> bytes:
+def run_on_host(library, distribution: int, numbers: tuple[float, ...], n: int = 2**16) -> bytes:
     out = np.zeros(n, np.float32)
     import ctypes
 
     arguments = [ctypes.c_void_p(out.ctypes.data)]
     arguments += [ctypes.c_uint64(x) for x in (0, n, 1, 0, 7, 0)]
-    arguments += [ctypes.c_uint32(1), ctypes.c_float(1.0)]
+    arguments += [ctypes.c_uint32(distribution), *map(ctypes.c_float, numbers)]
+    arguments += [ctypes.c_int32(0)] if len(numbers) > 1 else []
     host_build.launch(library, "fill_float32", (3,), (64,), arguments)
     return out.tobytes()
 
@@ -82,11 +86,13 @@ def run_on_host(library, n: int = 2**16) -> bytes:
 @pytest.mark.skipif(host_build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(not host_build.FUSING, reason="only x86-64 hosts are told to fuse")
 def test_contraction_changes_the_bits_and_is_off_in_the_host_build():
-    """The control of the host layer: were contraction on, more than a quarter of the weights would differ."""
-    off = run_on_host(host_build.build(cuda.source()))
-    on = run_on_host(host_build.build(cuda.source(), host_build.CONTRACTION_ON))
-    different = np.frombuffer(off, np.uint32) != np.frombuffer(on, np.uint32)
-    assert different.mean() > 1 / 4
+    """The control of the host layer: were contraction on, a quarter or an eighth of all would differ."""
+    for distribution, numbers, least in ((1, (1.0,), 1 / 4), (2, (0.3, 0.7, *(0.0,) * 7), 1 / 8)):
+        code = cuda.source(shifted=distribution > 1)
+        off = run_on_host(host_build.build(code), distribution, numbers)
+        on = run_on_host(host_build.build(code, host_build.CONTRACTION_ON), distribution, numbers)
+        different = np.frombuffer(off, np.uint32) != np.frombuffer(on, np.uint32)
+        assert different.mean() > least
 
 
 def test_the_launch_fits_the_kernels_bounds():
@@ -152,6 +158,13 @@ def test_weights_keep_subnormal_numbers_and_the_bound_in_ptx(architecture):
         operations = re.findall(r"\b(?:mul|add)\.\S+", entry(ptx, f"fill_{name}"))
         assert operations.count("mul.rn.f32") >= 8  # four weights, normal or uniform
         assert operations.count("add.rn.ftz.sat.f32") >= 4
+    ptx = compile_to_ptx(cuda.source(shifted=True), cuda.compiler_options(architecture))
+    for name in ("float32", "float16", "bfloat16"):
+        operations = re.findall(r"\b(?:mul|add|min|max)\.\S+", entry(ptx, f"fill_{name}"))
+        # four weights of each of three distributions, two of which are cut
+        assert all(operations.count(f"{last}.rn.f32") >= 12 for last in ("mul", "add"))
+        assert all(operations.count(f"{last}.f32") >= 8 for last in ("min", "max"))
+        assert not {"min.ftz.f32", "max.ftz.f32"} & {*operations}
 
 
 @needs_nvrtc

@@ -42,7 +42,7 @@ def test_json_describes_the_array_that_the_library_makes(device, capsys):
     assert found["std"] == pytest.approx(wide.std(), rel=1e-12)
     assert found["kurtosis"] == pytest.approx(((wide - wide.mean()) ** 4).mean() / wide.std() ** 4)
     assert (found["min"], found["max"]) == (wide.min(), wide.max())
-    assert found["expected_std"] == math.sqrt(2 / 300)
+    assert found["expected_std"] == pytest.approx(math.sqrt(2 / 300), rel=1e-15)
     exact_bound = np.float32(2 * math.sqrt(2 / 300) / 0.87962566103423976)
     assert found["bound"] == float(exact_bound.astype(ml_dtypes.bfloat16))
     assert found["seconds"] > 0

@@ -26,14 +26,16 @@ def test_the_wheel_finds_its_kernel(tmp_path):
     assert "gpuinit/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"gpuinit", f"gpuinit-{gpuinit.__version__}.dist-info"}
-    code = "import gpuinit, sys; from gpuinit.backends import cuda; sys.stdout.write(cuda.source())"
+    code = (
+        "import gpuinit, sys; from gpuinit.backends import cuda; sys.stdout.write(cuda.source(shifted=True))"
+    )
     isolated = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}; "
     isolated += "print(gpuinit.__file__, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", isolated], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert done.stderr.strip() == str(tmp_path / "site/gpuinit/__init__.py")
-    assert done.stdout == cuda.source()
+    assert done.stdout == cuda.source(shifted=True)
 
 
 def test_the_runtime_needs_numpy_and_ml_dtypes_alone():

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_devices import SimStream, SimTensor, host, placer, tobytes  # noqa: E402
 
 import gpuinit.torch as gt  # noqa: E402
-from gpuinit import devices, fans  # noqa: E402
+from gpuinit import devices, distributions  # noqa: E402
 from gpuinit.torch import fill  # noqa: E402
 
 NAMES = [name + "_" for name in gpuinit.__all__ if name != "FallbackWarning"]
-SCALED = [name for name in NAMES if name not in ("truncated_normal_", "uniform_")]
+SCALED = [name for name in NAMES if name not in ("normal_", "truncated_normal_", "uniform_")]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 AXES = {"in_axis": 1, "out_axis": 0}
 
@@ -52,6 +52,53 @@ def test_variance_scaling_takes_all_of_its_arguments(place):
     )
     gt.variance_scaling_(tensor, seed=3, batch_axis=2)
     expected = numpy_twin("variance_scaling_", (4, 6, 5), seed=3, batch_axis=2)
+    assert tobytes(tensor) == tobytes(expected)
+
+
+def test_variance_scaling_draws_what_the_core_draws(place):
+    tensor = place(torch.empty(4, 6, 5))
+    gt.variance_scaling_(tensor, 0.5, "fan_geo_avg", "untruncated_normal", seed=3)
+    expected = gpuinit.normal((4, 6, 5), math.sqrt(0.5 / math.sqrt(30 * 20)), seed=3, device="cpu")
+    assert tobytes(tensor) == tobytes(expected)
+
+
+# Bounds, means and ends of their own: the arguments here, and those of the core.
+PLACED = {
+    "normal_": (gt.normal_, (0.5, -2.0), {}, (0.5, -2.0)),
+    "normal_ by name": (gt.normal_, (), {"mean": 3.0, "stddev": 0.1}, (0.1, 3.0)),
+    "normal_ of 0": (gt.normal_, (0.0, 1.5), {}, (0.0, 1.5)),
+    "truncated_normal_": (gt.truncated_normal_, (0.5, 2.0, -1.0, 2.5), {}, (0.5, 2.0, -1.0, 2.5)),
+    "truncated_normal_ of one bound": (
+        gt.truncated_normal_,
+        (0.5,),
+        {"upper": math.inf},
+        (0.5, 0, -2, math.inf),
+    ),
+    "truncated_normal_ far out": (gt.truncated_normal_, (0.5, 0.0, 3.0, 4.0), {}, (0.5, 0.0, 3.0, 4.0)),
+    "uniform_ of a limit": (gt.uniform_, (0.25,), {}, (-0.25, 0.25)),
+    "uniform_ of ends": (gt.uniform_, (-1.0, 3.0), {}, (-1.0, 3.0)),
+    "uniform_ by name": (gt.uniform_, (), {"b": 3.0, "a": 2.0}, (2.0, 3.0)),
+    "uniform_ of a named limit": (gt.uniform_, (), {"limit": 2.0}, (-2.0, 2.0)),
+    "0-d tensors": (
+        gt.truncated_normal_,
+        tuple(map(torch.tensor, (0.5, 2.0, -1.0, 2.5))),
+        {},
+        (0.5, 2.0, -1.0, 2.5),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [lambda shape: torch.empty(shape), lambda shape: torch.empty(shape[::-1]).T]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PLACED)
+def test_means_bounds_and_ends_are_those_of_the_core(place, case, dtype, layout):
+    function, arguments, words, core = PLACED[case]
+    tensor = place(layout((37, 29)).to(getattr(torch, dtype)))
+    assert function(tensor, *arguments, **words, seed=11, name="layer.weight") is tensor
+    twin = getattr(gpuinit, function.__name__.removesuffix("_"))
+    expected = twin((37, 29), *core, seed=11, name="layer.weight", dtype=dtype, device="cpu")
     assert tobytes(tensor) == tobytes(expected)
 
 
@@ -180,7 +227,7 @@ def test_a_temporary_would_show():
 def expect_std(tensor, std):
     """The bytes of a truncated normal of that standard deviation after truncation."""
     expected = torch.empty(tensor.shape)
-    gt.truncated_normal_(expected, std / fans.TRUNCATED_STD, seed=0)
+    gt.truncated_normal_(expected, std / distributions.TRUNCATED_STD, seed=0)
     assert tobytes(tensor) == tobytes(expected)
 
 
@@ -371,6 +418,51 @@ def test_arguments_are_checked_before_anything_is_written(arguments, error, mess
     assert (tensor == 9).all()
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "words", "error", "message"),
+    [
+        (gt.normal_, (-1,), {}, ValueError, "stddev must be a finite number >= 0, got -1"),
+        (gt.normal_, ("1",), {}, TypeError, "stddev must be a finite number >= 0, got '1'"),
+        (gt.normal_, (1, math.inf), {}, ValueError, "mean must be a finite number, got inf"),
+        (gt.normal_, (torch.ones(1),), {}, TypeError, "stddev must be .*, got tensor"),
+        (gt.normal_, (torch.tensor(1),), {"mean": True}, TypeError, "mean must be a finite number, got True"),
+        (gt.truncated_normal_, (1, 0, math.nan), {}, ValueError, "lower must be a number, got nan"),
+        (
+            gt.truncated_normal_,
+            (1, 0, 2, 1),
+            {},
+            ValueError,
+            "upper must be at least lower, got lower 2.0 and",
+        ),
+        (
+            gt.truncated_normal_,
+            (1, 0, 20, 21),
+            {},
+            ValueError,
+            "must lie within .*, got lower 20.0 and upper 21",
+        ),
+        (gt.uniform_, (2, 1), {}, ValueError, "b must be at least a, got a 2 and b 1"),
+        (gt.uniform_, (1, 2, 3), {}, ValueError, "one limit, or a and b, got 1, 2, 3"),
+        (gt.uniform_, (1,), {"b": 2}, ValueError, "one limit, or a and b, got 1, b=2"),
+        (gt.uniform_, (), {"a": 2}, ValueError, "one limit, or a and b, got a=2"),
+        (gt.uniform_, (-1,), {}, ValueError, "limit must be a finite number >= 0, got -1"),
+        (gt.uniform_, (0, math.inf), {}, ValueError, "b must be a finite number, got inf"),
+        (
+            gt.variance_scaling_,
+            (1, "fan"),
+            {},
+            ValueError,
+            "mode must be one of fan_in, .*fan_geo_avg, got 'fan'",
+        ),
+    ],
+)
+def test_widths_means_and_bounds_are_checked_on_meta_too(function, arguments, words, error, message):
+    for tensor in (torch.full((3, 4), 9.0), torch.empty(3, 4, device="meta")):
+        with pytest.raises(error, match=message):
+            function(tensor, *arguments, **words, seed=0)
+        assert tensor.is_meta or (tensor == 9).all()
+
+
 def test_weights_stay_finite():
     with pytest.raises(
         ValueError, match=r"stddev must leave the weights finite in float16, got stddev 40000"
@@ -476,7 +568,7 @@ def kolmogorov_smirnov(first, second):
 def test_the_distribution_is_that_of_trunc_normal_with_the_corrected_std():
     n = 400_000
     ours = gt.variance_scaling_(torch.empty(n), 4.0, seed=0, in_axis=(), out_axis=0).numpy()  # std 2
-    std = 2 / fans.TRUNCATED_STD
+    std = 2 / distributions.TRUNCATED_STD
     torch.manual_seed(0)
     theirs = torch.nn.init.trunc_normal_(torch.empty(n), 0, std, -2 * std, 2 * std).numpy()
     # P(K > 2.3) = 2 exp(-2 * 2.3**2) = 5e-5
@@ -494,7 +586,7 @@ def test_a_small_std_in_few_bits(dtype):
     weights = gt.truncated_normal_(torch.empty(n, dtype=getattr(torch, dtype)), std, seed=0).double()
     bound = torch.tensor(2 * std, dtype=getattr(torch, dtype)).double()
     assert weights.abs().max() <= bound
-    z = weights.numpy() / (std * fans.TRUNCATED_STD)
+    z = weights.numpy() / (std * distributions.TRUNCATED_STD)
     # The standard error of the kurtosis at n = 2**22 is 0.0010 (from the moments of the truncated normal);
     # rounding to bfloat16 adds a relative 2**-9 / 3 to no moment here that shows.
     assert abs(np.mean(z**4) / np.mean(z**2) ** 2 - 2.3655) < 5 * 0.0010

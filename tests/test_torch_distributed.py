@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpuinit
-from gpuinit.fans import TRUNCATED_STD
+from gpuinit.distributions import TRUNCATED_STD
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 pytest.importorskip("torch.distributed.tensor", reason="torch is built without torch.distributed")
@@ -92,6 +92,21 @@ def test_a_tensor_in_any_placement_is_the_same(world):
         assert set(found["tensors"].values()) == {digest}
 
 
+def test_normals_and_uniforms_of_any_bounds_are_the_same_in_any_placement(world):
+    same = {"seed": SEED, "name": "tensor", "device": "cpu"}
+    truncated = gpuinit.truncated_normal((7, 5, 6), 0.5, 2.0, -1.0, 2.5, **same)
+    expected = {
+        "normal_": gpuinit.normal((7, 5, 6), 0.5, 2.0, **same),
+        "truncated_normal_": truncated,
+        "uniform_": gpuinit.uniform((7, 5, 6), -1.0, 3.0, **same),
+        "init.trunc_normal_": truncated,
+    }
+    for found in world:
+        assert found["draws"] == {
+            name: {hashlib.sha256(array.tobytes()).hexdigest()[:16]} for name, array in expected.items()
+        }
+
+
 def test_what_cannot_be_filled_in_parts_is_refused(world):
     for found in world:
         errors = found["errors"]
@@ -101,6 +116,7 @@ def test_what_cannot_be_filled_in_parts_is_refused(world):
             errors["no seed"]
             == "ValueError: seed must be given for a DTensor, the same on every rank, got None"
         )
+        assert errors["no seed but a generator"] == errors["no seed"]
         assert errors["no seed for a model"].startswith(
             "ValueError: seed must be given for a model with DTensors"
         )

@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from torch_devices import tobytes  # noqa: E402
 
 import gpuinit.torch as gt  # noqa: E402
-from gpuinit.fans import TRUNCATED_STD  # noqa: E402
+from gpuinit.distributions import TRUNCATED_STD  # noqa: E402
 
 
 class Net(nn.Module):

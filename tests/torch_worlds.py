@@ -21,6 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpuinit.torch as gt
 
 SEED = 2**63 + 5
+DRAWS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "normal_": lambda tensor: gt.normal_(tensor, 0.5, 2.0, seed=SEED, name="tensor"),
+    "truncated_normal_": lambda tensor: gt.truncated_normal_(
+        tensor, 0.5, 2.0, -1.0, 2.5, seed=SEED, name="tensor"
+    ),
+    "uniform_": lambda tensor: gt.uniform_(tensor, -1.0, 3.0, seed=SEED, name="tensor"),
+    "init.trunc_normal_": lambda tensor: gt.init.trunc_normal_(
+        tensor, 2.0, 0.5, 1.5, 3.25, seed=SEED, name="tensor"
+    ),
+}
 
 
 class Block(nn.Module):
@@ -124,17 +134,22 @@ def worlds_models(world: int) -> dict[str, Callable[[], nn.Module]]:
     return models
 
 
-def tensors(world: int) -> dict[str, str]:
-    """Digests of (7, 5, 6) in placements of its own, whole again; and what is refused."""
-    found = {}
+def layouts(world: int) -> list[tuple[Any, list[Any]]]:
+    """Meshes and placements of three axes."""
     mesh = init_device_mesh("cpu", (world,))
-    layouts: list[tuple[Any, list[Any]]] = [(mesh, [Shard(axis)]) for axis in range(3)]
-    layouts.append((mesh, [Replicate()]))
+    found: list[tuple[Any, list[Any]]] = [(mesh, [Shard(axis)]) for axis in range(3)]
+    found.append((mesh, [Replicate()]))
     if world == 4:
         square = init_device_mesh("cpu", (2, 2))
         pairs = [(Shard(0), Shard(0)), (Shard(2), Shard(1)), (Replicate(), Shard(1)), (Shard(0), Replicate())]
-        layouts += [(square, list(pair)) for pair in pairs]
-    for where, placements in layouts:
+        found += [(square, list(pair)) for pair in pairs]
+    return found
+
+
+def tensors(world: int) -> dict[str, str]:
+    """Digests of (7, 5, 6) in placements of its own, whole again; and what is refused."""
+    found = {}
+    for where, placements in layouts(world):
         tensor = distribute_tensor(torch.full((7, 5, 6), 77.0), where, placements)
         before, local_before = tensor._version, tensor.to_local()._version
         with NoCollectives():
@@ -143,6 +158,18 @@ def tensors(world: int) -> dict[str, str]:
             assert tensor._version > before
             assert tensor.to_local()._version > local_before
         found[f"{where.shape} {placements}"] = digest(tensor.full_tensor())
+    return found
+
+
+def draws(world: int) -> dict[str, set[str]]:
+    """The digests of each of DRAWS, whole again, in all layouts."""
+    found: dict[str, set[str]] = {name: set() for name in DRAWS}
+    for name, draw in DRAWS.items():
+        for where, placements in layouts(world):
+            tensor = distribute_tensor(torch.full((7, 5, 6), 77.0), where, placements)
+            with NoCollectives():
+                draw(tensor)
+            found[name].add(digest(tensor.full_tensor()))
     return found
 
 
@@ -158,6 +185,7 @@ def errors(world: int) -> dict[str, str]:
     attempts: dict[str, Callable[[], Any]] = {
         "partial": lambda: gt.he_normal_(partial, seed=0),
         "no seed": lambda: gt.he_normal_(sharded),
+        "no seed but a generator": lambda: gt.init.normal_(sharded, generator=torch.Generator()),
         "no seed for a model": lambda: gt.initialize_(model, seed=None),
         "wrong shard": lambda: gt.he_normal_(wrong, seed=0),
         "integer": lambda: gt.he_normal_(distribute_tensor(torch.zeros(8, dtype=torch.int32), mesh), seed=0),
@@ -187,6 +215,7 @@ def run(rank: int, world: int, folder: str) -> None:
     found = {
         "models": {name: full_digests(make()) for name, make in worlds_models(world).items()},
         "tensors": tensors(world),
+        "draws": draws(world),
         "errors": errors(world),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from typing import Any
 
 import gpuinit
@@ -37,6 +38,19 @@ def cases() -> list[dict[str, Any]]:
     add("variance_scaling", (64, 63, 62), 0.5, "fan_out", in_axis=0, out_axis=2, batch_axis=1, seed=1)
     add("he_normal", (4096, 4096), seed=0)
     add("he_normal", (), seed=3)
+    for dtype in DTYPES:
+        add("normal", 65537, 0.02, seed=2**32 + 1, name="wte", dtype=dtype)
+        add("normal", (257, 255), 1.5, -0.25, seed=4, dtype=dtype)
+        add("truncated_normal", 65537, 0.02, 0.0, -3.0, 3.0, seed=5, name="cls_token", dtype=dtype)
+        add("truncated_normal", (257, 255), 0.3, 0.1, -1.0, 2.5, seed=6, dtype=dtype)
+        add("truncated_normal", 65537, 1.0, lower=3.0, upper=math.inf, seed=7, dtype=dtype)
+        add("uniform", 65537, -0.25, 1.5, seed=8, name="dt_bias", dtype=dtype)
+    for dtype in ("float32", "bfloat16", "float64"):
+        add("normal", (1000, 1001), seed=0, dtype=dtype, stddev=1.0)
+    add("truncated_normal", (1000, 1001), seed=0, dtype="float32", stddev=1.0, lower=-3.0, upper=3.0)
+    add("truncated_normal", 65537, 1.0, 0.0, -9.0, -8.5, seed=9)
+    add("truncated_normal", 65537, 0.5, 1.0, seed=10)
+    add("variance_scaling", (1000, 1001), 1.0, "fan_geo_avg", "untruncated_normal", seed=11)
     return found
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpuinit import quantile
-from gpuinit.quantile import Array
+from gpuinit.backends import Request
+from gpuinit.quantile import Array, Numbers
 from gpuinit.stream import Run
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ ELEMENTS_TO_REPAY = 2**26
 SMALL = 2**18
 
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
-compiled_dtypes: set[np.dtype] = set()  # those whose compiled function is loaded
+compiled_kernels: set[tuple[np.dtype, int]] = set()  # dtypes and distributions whose function is loaded
 
 
 class Tile(NamedTuple):
@@ -58,24 +59,24 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
     return np.empty(shape, dtype)
 
 
-def fill(out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
+def fill(out: Array, runs: Iterable[Run], request: Request) -> None:
     out = out.reshape(-1)
-    if engine(out.size, out.dtype) == "numba" and out.flags.aligned:  # which LLVM relies on
-        fill_with_numba(out, runs, key, stream, distribution, limit)
+    if engine(out.size, out.dtype, request[2]) == "numba" and out.flags.aligned:  # which LLVM relies on
+        fill_with_numba(out, runs, request)
     else:
-        fill_with_numpy(out, runs, key, stream, distribution, limit)
+        fill_with_numpy(out, runs, request)
 
 
-def engine(size: int, dtype: np.dtype) -> str:
+def engine(size: int, dtype: np.dtype, distribution: int = quantile.TRUNCATED_NORMAL) -> str:
     """The engine that makes an array of this size now, loaded: "numpy" or "numba".
 
-    GPUINIT_CPU_ENGINE decides; without it, Numba's is taken where it is loaded for the dtype already, or
-    where loading it pays.
+    GPUINIT_CPU_ENGINE decides; without it, Numba's is taken where it is loaded already for the dtype and
+    the distribution, or where loading it pays.
     """
     setting = os.environ.get("GPUINIT_CPU_ENGINE")
     if setting not in (None, "numpy", "numba"):
         raise ValueError(f"GPUINIT_CPU_ENGINE must be numpy or numba, got {setting!r}")
-    if setting is None and dtype not in compiled_dtypes:
+    if setting is None and (dtype, distribution) not in compiled_kernels:
         pays = size >= SMALL and elements_made + size >= ELEMENTS_TO_REPAY
         setting = "numba" if pays and numba_problem() is None else "numpy"
     if setting == "numpy":
@@ -85,8 +86,8 @@ def engine(size: int, dtype: np.dtype) -> str:
         raise ImportError(f"GPUINIT_CPU_ENGINE is numba, but {problem}")
     from gpuinit import compiled
 
-    compiled.kernel(dtype)
-    compiled_dtypes.add(dtype)
+    compiled.kernel(dtype, distribution)
+    compiled_kernels.add((dtype, distribution))
     return "numba"
 
 
@@ -105,10 +106,9 @@ def numba_problem() -> str | None:
     return None
 
 
-def fill_with_numpy(
-    out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float
-) -> None:
+def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
     global elements_made
+    key, stream, distribution, numbers = request
     sample_type = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
     lanes = 16 // sample_type.itemsize
     threads = max(1, min(thread_limit(), MOST_THREADS, out.size // ELEMENTS_PER_THREAD))
@@ -123,20 +123,19 @@ def fill_with_numpy(
         # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
         with np.errstate(all="ignore"):
             for tile in mine:
-                fill_tile(tile, sample_type, keys, stream, distribution, limit, memory)
+                fill_tile(tile, sample_type, keys, stream, distribution, numbers, memory)
 
     share(tiles(out, runs, lanes, lambda left: blocks_at_once), threads, work)
     elements_made += out.size
 
 
-def fill_with_numba(
-    out: Array, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float
-) -> None:
+def fill_with_numba(out: Array, runs: Iterable[Run], request: Request) -> None:
     from gpuinit import compiled
 
-    compiled_fill = compiled.kernel(out.dtype)
-    _, written, limit_type = compiled.ENTRIES[out.dtype]
-    shared = (np.uint64(key), np.uint64(stream), np.uint32(distribution), limit_type(limit))
+    key, stream, distribution, numbers = request
+    compiled_fill = compiled.kernel(out.dtype, distribution)
+    written = compiled.ENTRIES[out.dtype][1]
+    shared = (np.uint64(key), np.uint64(stream), numbers)
     threads = max(1, min(thread_limit(), out.size // COMPILED_ELEMENTS_PER_THREAD))
 
     def work(mine: Iterator[Tile]) -> None:
@@ -257,7 +256,7 @@ def fill_tile(
     keys: Array,
     stream: int,
     distribution: int,
-    limit: float,
+    numbers: Numbers,
     memory: Array,
 ) -> None:
     lanes = 16 // sample_type.itemsize
@@ -268,7 +267,7 @@ def fill_tile(
     starts += np.uint64(tile.first // lanes)
     block = (starts[:, None] + np.arange(across, dtype=np.uint64)).reshape(-1)
     scratch = quantile.make_scratch(memory, block.size, sample_type)
-    made = weights(block, stream, keys, distribution, limit, scratch)
+    made = weights(block, stream, keys, distribution, numbers, scratch)
     phase = tile.first % lanes
     tile.out[...] = made.reshape(rows, across * lanes)[:, phase : phase + columns]
 

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from gpuinit import devices
+from gpuinit.backends import Request
+from gpuinit.kernel_files import read
+from gpuinit.quantile import NORMAL
 from gpuinit.stream import Run
 
 # --fmad=false: no product and sum become one operation, or the bits differ from NumPy's. The kernel spells
@@ -31,14 +35,15 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, device: int) -> Any:
         return cupy.empty(shape, dtype)
 
 
-def fill(out: Any, runs: Iterable[Run], key: int, stream: int, distribution: int, limit: float) -> None:
+def fill(out: Any, runs: Iterable[Run], request: Request) -> None:
+    key, stream, distribution, numbers = request
     device, dtype = out.device, name(out.dtype)
     lanes = 16 // out.dtype.itemsize
-    limit_type = np.float64 if lanes == 2 else np.float32
-    shared = (uint64(key), uint64(stream), np.uint32(distribution), limit_type(limit))
+    shared = (uint64(key), uint64(stream), np.uint32(distribution), *numbers)
+    shifted = distribution >= NORMAL
     position = 0
     with device:
-        launch, most = kernel(dtype), resident_blocks(device.id, dtype)
+        launch, most = kernel(dtype, shifted), resident_blocks(device.id, dtype, shifted)
         for run in runs:
             part, size = out, run.rows * run.length
             if size < out.size:
@@ -63,11 +68,11 @@ uint64 = lru_cache(maxsize=256)(np.uint64)  # the same few numbers in call after
 
 
 @cache
-def kernel(dtype: str) -> Any:
-    """The kernel for a dtype. CuPy compiles the file once for a device, for all of them."""
+def kernel(dtype: str, shifted: bool = False) -> Any:
+    """The kernel for a dtype. CuPy compiles a source once for a device, for all of them."""
     import cupy
 
-    return cupy.RawKernel(source(), f"fill_{dtype}", options=OPTIONS)
+    return cupy.RawKernel(source(shifted), f"fill_{dtype}", options=OPTIONS)
 
 
 @cache
@@ -77,15 +82,21 @@ def name(dtype: np.dtype) -> str:
 
 
 @cache
-def resident_blocks(device: int, dtype: str) -> int:
+def resident_blocks(device: int, dtype: str, shifted: bool = False) -> int:
     """How many blocks of the kernel the device, which is current, holds at once.
 
     Blocks do equal work: were the grid any larger, the last of them would leave the device half idle.
     """
     import cupy
 
+    loaded = kernel(dtype, shifted)
+    try:
+        loaded.compile()
+    except Exception as error:  # of the second kernel: devices.py has tried the first
+        devices.refuse_passing(error)
+        raise RuntimeError(devices.explain_kernel_error(error)) from error
     attributes = cupy.cuda.Device(device).attributes
-    registers = -(-kernel(dtype).num_regs // 8) * 8 * THREADS_PER_BLOCK  # a thread gets them by eights
+    registers = -(-loaded.num_regs // 8) * 8 * THREADS_PER_BLOCK  # a thread gets them by eights
     on_one = min(
         attributes["MaxThreadsPerMultiProcessor"] // THREADS_PER_BLOCK,
         attributes["MaxRegistersPerMultiprocessor"] // registers,
@@ -94,15 +105,10 @@ def resident_blocks(device: int, dtype: str) -> int:
 
 
 @cache
-def source() -> str:
-    """kernels/fill.cu: inside the package in a wheel, beside it in a checkout or an editable install."""
-    from pathlib import Path  # here, as it is slow to import
-
-    package = Path(__file__).parent.parent
-    for folder in (package / "kernels", package.parent / "kernels"):
-        if (folder / "fill.cu").is_file():
-            return (folder / "fill.cu").read_text(encoding="utf-8")
-    raise FileNotFoundError(f"gpuinit is installed without kernels/fill.cu in {package}")
+def source(shifted: bool = False) -> str:
+    """kernels/fill.cu, for the distributions round 0, or for those that have more numbers and tables."""
+    code = read("fill.cu")
+    return f"#define SHIFTED\n{read('normal_tables.cuh')}{code}" if shifted else code
 
 
 def compiler_options(architecture: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
     he_normal_(tensor, seed=0, name="layer.weight")    one tensor, in torch's manner
     initialize_(module, seed=0)                        a whole model, every parameter its own stream
+    gpuinit.torch.init                                 the names and arguments of torch.nn.init
 
 A weight is a function of seed, name and its row-major index in the whole tensor. The layout and the device
 of the tensor, and the ranks it is sharded over, do not enter: each rank makes its own shard, alone.
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:
     raise ImportError('gpuinit.torch needs PyTorch. To install it: pip install "gpuinit[torch]"') from error
 
 from gpuinit.rules import Report, Row
+from gpuinit.torch import init
 from gpuinit.torch.in_place import (
     glorot_normal_,
     glorot_uniform_,
@@ -24,6 +26,7 @@ from gpuinit.torch.in_place import (
     he_uniform_,
     lecun_normal_,
     lecun_uniform_,
+    normal_,
     truncated_normal_,
     uniform_,
     variance_scaling_,
@@ -38,9 +41,11 @@ __all__ = [
     "glorot_uniform_",
     "he_normal_",
     "he_uniform_",
+    "init",
     "initialize_",
     "lecun_normal_",
     "lecun_uniform_",
+    "normal_",
     "truncated_normal_",
     "uniform_",
     "variance_scaling_",

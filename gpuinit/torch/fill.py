@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from math import sqrt
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 
 from gpuinit import devices
-from gpuinit.backends import cpu, cuda
-from gpuinit.fans import TRUNCATED_STD
-from gpuinit.initializers import DISTRIBUTIONS, DTYPES, parse_limit
+from gpuinit.backends import Request, cpu, cuda
+from gpuinit.distributions import Draw, find_sampling
+from gpuinit.initializers import DTYPES
 from gpuinit.stream import Run, parse_name, parse_seed, runs
 from gpuinit.torch.shards import Part, is_dtensor, parts
 
@@ -64,44 +63,45 @@ def overlaps(tensor: torch.Tensor) -> bool:
 
 def fill(
     tensor: torch.Tensor,
-    distribution: str,
-    width_source: tuple[str, float],
-    width: float,
+    draw: Draw,
     seed: SupportsIndex | None,
     name: str | None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Check what is left to check, then fill a tensor that passed `check`.
-
-    width is the standard deviation of the normal before truncation, or the limit of the uniform; it comes
-    from an argument of this name and value.
-    """
+    """Check what is left to check, then fill a tensor that passed `check`."""
     stream = parse_name(name)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be None or a torch.Generator, got {generator!r}")
     if seed is not None:
         parse_seed(seed)
+        if generator is not None:
+            raise ValueError(f"generator must be None where a seed is given, got {generator!r}")
     elif is_dtensor(tensor):
         raise ValueError("seed must be given for a DTensor, the same on every rank, got None")
-    limit = parse_limit(distribution, width_source, width, TORCH_DTYPES[tensor.dtype])
+    sampling = find_sampling(draw, TORCH_DTYPES[tensor.dtype])
     stds = recorded_stds.get()
     if stds is not None:
-        stds.append(width * TRUNCATED_STD if distribution == "truncated_normal" else width / sqrt(3))
+        stds.append(draw.std())
     with torch.no_grad():
         local, places = parts(tensor)
         if local.numel() == 0 or local.untyped_storage().device.type == "meta":  # fake tensors are there too
             return tensor
-        key = parse_seed(draw_seed() if seed is None else seed)
+        key = parse_seed(draw_seed(generator) if seed is None else seed)
         for place in places:
-            fill_part(place, tuple(tensor.shape), (key, stream, DISTRIBUTIONS[distribution], limit))
+            fill_part(place, tuple(tensor.shape), (key, stream, *sampling))
         torch.autograd.graph.increment_version([tensor, local])
     return tensor
 
 
-def draw_seed() -> int:
-    """64 bits from torch's default CPU generator."""
-    low, high = torch.randint(2**32, (2,), dtype=torch.int64, device="cpu").tolist()
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """64 bits from a generator, or from torch's default CPU generator."""
+    device = "cpu" if generator is None else generator.device
+    halves = torch.randint(2**32, (2,), dtype=torch.int64, device=device, generator=generator)
+    low, high = halves.tolist()
     return int(low | high << 32)
 
 
-def fill_part(part: Part, shape: tuple[int, ...], request: tuple[int, int, int, float]) -> None:
+def fill_part(part: Part, shape: tuple[int, ...], request: Request) -> None:
     tensor, starts = part
     if tensor.is_contiguous() and not tensor.is_neg():
         write(tensor, runs(shape, starts, tuple(tensor.shape)), request)
@@ -125,11 +125,11 @@ def pieces(tensor: torch.Tensor, starts: tuple[int, ...]) -> Iterator[Part]:
         yield from pieces(piece, (*starts[:axis], starts[axis] + first, *starts[axis + 1 :]))
 
 
-def write(tensor: torch.Tensor, elements: Iterable[Run], request: tuple[int, int, int, float]) -> None:
+def write(tensor: torch.Tensor, elements: Iterable[Run], request: Request) -> None:
     """Fill a C-contiguous tensor, on its own device and stream."""
     flat = tensor.view(-1)
     if tensor.device.type == "cpu":
-        cpu.fill(numpy_array(flat), elements, *request)
+        cpu.fill(numpy_array(flat), elements, request)
         return
     problem = devices.cuda_problem()
     if problem is not None:
@@ -138,7 +138,7 @@ def write(tensor: torch.Tensor, elements: Iterable[Run], request: tuple[int, int
 
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(tensor.device))
     with cupy.cuda.Device(tensor.device.index), stream:
-        cuda.fill(cupy_array(flat), elements, *request)
+        cuda.fill(cupy_array(flat), elements, request)
 
 
 def numpy_array(flat: torch.Tensor) -> np.ndarray:

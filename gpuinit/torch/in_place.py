@@ -6,22 +6,30 @@ from typing import SupportsIndex
 
 import torch
 
-from gpuinit.fans import DEFAULT_AXES, Axes
-from gpuinit.initializers import parse_number, parse_scaling
+from gpuinit.distributions import (
+    GLOROT_NORMAL,
+    GLOROT_UNIFORM,
+    HE_NORMAL,
+    HE_UNIFORM,
+    LECUN_NORMAL,
+    LECUN_UNIFORM,
+    Draw,
+    Recipe,
+    draw_of,
+    parse_normal,
+    parse_recipe,
+    parse_uniform,
+)
+from gpuinit.fans import DEFAULT_AXES, Axes, fans
 from gpuinit.torch.fill import check, fill
 
 TORCH_AXES = (1, 0, ())
 
 
 def he_normal_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with truncated He-normal weights, for layers followed by ReLU.
 
         std = sqrt(2 / fan_in)
@@ -63,28 +71,13 @@ def he_normal_(
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015; `gpuinit.he_normal`.
     `torch.nn.init.kaiming_normal_` is not truncated.
     """
-    return variance_scaling_(
-        tensor,
-        2.0,
-        "fan_in",
-        "truncated_normal",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, HE_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
 def he_uniform_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with uniform He weights: in [-limit, limit], limit = sqrt(6 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -92,28 +85,13 @@ def he_uniform_(
     References: He et al., ICCV 2015; `gpuinit.he_uniform`; `torch.nn.init.kaiming_uniform_` with its
     default gain.
     """
-    return variance_scaling_(
-        tensor,
-        2.0,
-        "fan_in",
-        "uniform",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, HE_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
 def glorot_normal_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with truncated Glorot-normal weights: std = sqrt(2 / (fan_in + fan_out)).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -121,174 +99,145 @@ def glorot_normal_(
     References: Glorot, Bengio, AISTATS 2010; `gpuinit.glorot_normal`. `torch.nn.init.xavier_normal_` is not
     truncated.
     """
-    return variance_scaling_(
-        tensor,
-        1.0,
-        "fan_avg",
-        "truncated_normal",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, GLOROT_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
 def glorot_uniform_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with uniform Glorot weights: limit = sqrt(6 / (fan_in + fan_out)).
 
     The arguments, the result and the errors are those of `he_normal_`.
 
     References: Glorot, Bengio, AISTATS 2010; `gpuinit.glorot_uniform`; `torch.nn.init.xavier_uniform_`.
     """
-    return variance_scaling_(
-        tensor,
-        1.0,
-        "fan_avg",
-        "uniform",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, GLOROT_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
 def lecun_normal_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with truncated LeCun-normal weights: std = sqrt(1 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
 
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998; `gpuinit.lecun_normal`.
     """
-    return variance_scaling_(
-        tensor,
-        1.0,
-        "fan_in",
-        "truncated_normal",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, LECUN_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
 def lecun_uniform_(
-    tensor: torch.Tensor,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with uniform LeCun weights: limit = sqrt(3 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
 
     References: LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998; `gpuinit.lecun_uniform`.
     """
-    return variance_scaling_(
-        tensor,
-        1.0,
-        "fan_in",
-        "uniform",
-        seed=seed,
-        name=name,
-        in_axis=in_axis,
-        out_axis=out_axis,
-        batch_axis=batch_axis,
-    )
+    return fill(tensor, scaled(tensor, LECUN_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
 def variance_scaling_(
     tensor: torch.Tensor,
-    scale: float = 1.0,
-    mode: str = "fan_in",
-    distribution: str = "truncated_normal",
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-    in_axis: Axes = 1,
-    out_axis: Axes = 0,
-    batch_axis: Axes = (),
-) -> torch.Tensor:
+    scale: float = 1.0, mode: str = "fan_in", distribution: str = "truncated_normal",
+    *, seed: SupportsIndex | None = None, name: str | None = None,
+    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
+) -> torch.Tensor:  # fmt: skip
     """Fill a tensor with weights of variance scale / fan: the general case of the six above.
 
-        "truncated_normal"  std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
-        "uniform"           limit = sqrt(3 * scale / fan), in [-limit, limit]
+        "truncated_normal"    std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
+        "untruncated_normal"  std = sqrt(scale / fan)
+        "uniform"             limit = sqrt(3 * scale / fan), in [-limit, limit]
 
     Args:
         scale: A finite number > 0.
-        mode: "fan_in", "fan_out" or "fan_avg", the mean of the two.
-        distribution: "truncated_normal" or "uniform".
+        mode: "fan_in", "fan_out", "fan_avg", the mean of the two, or "fan_geo_avg", their geometric mean.
+        distribution: One of the three above.
 
     The other arguments, the result and the errors are those of `he_normal_`.
+
+    References: `gpuinit.variance_scaling`.
     """
+    recipe = parse_recipe(scale, mode, distribution)
+    return fill(tensor, scaled(tensor, recipe, in_axis, out_axis, batch_axis), seed, name)
+
+
+def scaled(tensor: torch.Tensor, recipe: Recipe, *axes: Axes) -> Draw:
+    """What variance_scaling_ and the six above draw."""
     check(tensor)
-    axes = (in_axis, out_axis, batch_axis)
     if tensor.ndim < 2 and axes == TORCH_AXES:
         axes = DEFAULT_AXES
-    width = parse_scaling(tuple(tensor.shape), scale, mode, distribution, *axes)
-    return fill(tensor, distribution, ("scale", scale), width, seed, name)
+    return draw_of(recipe, *fans(tuple(tensor.shape), *axes))
+
+
+def normal_(
+    tensor: torch.Tensor, stddev: float = 0.05, mean: float = 0.0,
+    *, seed: SupportsIndex | None = None, name: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Fill a tensor from a normal distribution that is not cut, whatever the fans.
+
+        weight = mean + stddev * z,  z from the unit normal
+
+    Args:
+        stddev: A finite number >= 0, or a 0-d tensor.
+        mean: A finite number, likewise.
+
+    The other arguments, the result and the errors are those of `he_normal_`.
+
+    References: `gpuinit.normal`. `torch.nn.init.normal_` takes the mean first.
+    """
+    check(tensor)
+    return fill(tensor, parse_normal(stddev, mean), seed, name)
 
 
 def truncated_normal_(
-    tensor: torch.Tensor,
-    stddev: float = 0.05,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-) -> torch.Tensor:
-    """Fill a tensor from a normal distribution truncated at two standard deviations, whatever the fans.
+    tensor: torch.Tensor, stddev: float = 0.05, mean: float = 0.0, lower: float = -2.0, upper: float = 2.0,
+    *, seed: SupportsIndex | None = None, name: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Fill a tensor from a normal distribution that is cut at two bounds, whatever the fans.
 
-        weight = stddev * z,  z from the unit normal truncated to [-2, 2]
+        weight = mean + stddev * z,  z from the unit normal truncated to [lower, upper]
 
     stddev is that of the normal before it is cut, as in `gpuinit.truncated_normal`; that of the weights is
-    0.8796 times as large. `torch.nn.init.trunc_normal_` takes its bounds as absolute numbers instead: with
-    std=0.02 its default ones are a hundred standard deviations away and cut nothing.
+    0.8796 times as large with the default bounds. `torch.nn.init.trunc_normal_` takes its bounds as absolute
+    numbers instead, as does `gpuinit.torch.init.trunc_normal_`: with std=0.02 its default ones are a hundred
+    standard deviations away and cut nothing.
 
     Args:
-        stddev: A finite number >= 0.
+        stddev: A finite number >= 0, or a 0-d tensor.
+        mean: A finite number, likewise.
+        lower: The lower bound in standard deviations from the mean; -infinity for none.
+        upper: The upper bound, at least lower; infinity for none.
 
-    The other arguments, the result and the errors are those of `he_normal_`.
+    The other arguments, the result and the errors are those of `he_normal_`; bounds too close or too far out
+    are a ValueError, as in `gpuinit.truncated_normal`.
     """
     check(tensor)
-    width = parse_number("stddev", stddev)
-    return fill(tensor, "truncated_normal", ("stddev", stddev), width, seed, name)
+    return fill(tensor, parse_normal(stddev, mean, lower, upper), seed, name)
 
 
 def uniform_(
-    tensor: torch.Tensor,
-    limit: float = 0.05,
-    *,
-    seed: SupportsIndex | None = None,
-    name: str | None = None,
-) -> torch.Tensor:
-    """Fill a tensor from the uniform distribution on [-limit, limit]. Both ends can be reached.
+    tensor: torch.Tensor, *ends: float, a: float | None = None, b: float | None = None,
+    limit: float | None = None, seed: SupportsIndex | None = None, name: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Fill a tensor from a uniform distribution, whatever the fans. Both ends can be reached.
+
+        uniform_(tensor, limit)  in [-limit, limit]
+        uniform_(tensor, a, b)   in [a, b]
 
     Args:
-        limit: A finite number >= 0.
+        *ends: One limit, or two ends; these have names too.
+        a: A finite number, or a 0-d tensor.
+        b: A finite number >= a, likewise.
+        limit: A finite number >= 0, likewise; the default is 0.05.
 
     The other arguments, the result and the errors are those of `he_normal_`.
+
+    References: `gpuinit.uniform`, whose ends are called low and high; `torch.nn.init.uniform_`.
     """
     check(tensor)
-    width = parse_number("limit", limit)
-    return fill(tensor, "uniform", ("limit", limit), width, seed, name)
+    return fill(tensor, parse_uniform(ends, a, b, limit, names=("a", "b")), seed, name)

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from gpuinit.fans import TRUNCATED_STD
+from gpuinit.distributions import TRUNCATED_STD
 from gpuinit.rules import WANTED, Report, Row, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import parse_seed
 from gpuinit.torch.fill import draw_seed, recorded_stds
