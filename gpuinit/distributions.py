@@ -138,11 +138,20 @@ def parse_normal(
     name: str = "stddev",
 ) -> Normal:
     """That of `normal` and `truncated_normal`; name is what a front end calls the standard deviation."""
+    # Only plain floats are remembered: others may be equal without being alike, as 1 and True, or change.
+    are_plain = type(stddev) is type(mean) is type(lower) is type(upper) is float
+    return (plain_normal if are_plain else find_normal)(stddev, mean, lower, upper, name)
+
+
+def find_normal(stddev: float, mean: float, lower: float, upper: float, name: str) -> Normal:
     width = parse_number(name, stddev, least=0)
     bounds = parse_number("lower", lower, finite=False), parse_number("upper", upper, finite=False)
     if bounds not in ((-2, 2), (-math.inf, math.inf)):
         exact().check_bounds(*bounds)
     return Normal(width, parse_number("mean", mean), *bounds, (name, width))
+
+
+plain_normal = lru_cache(maxsize=256)(find_normal)
 
 
 def parse_uniform(
@@ -156,6 +165,17 @@ def parse_uniform(
 
     names are what a front end calls the two ends.
     """
+    are_plain = {float, type(None)}.issuperset(map(type, (*ends, low, high, limit)))
+    return (plain_uniform if are_plain else find_uniform)(ends, low, high, limit, names)
+
+
+def find_uniform(
+    ends: tuple[float, ...],
+    low: float | None,
+    high: float | None,
+    limit: float | None,
+    names: tuple[str, str],
+) -> Uniform:
     one, other = names
     words = ((one, low), (other, high), ("limit", limit))
     by_name = {word: value for word, value in words if value is not None}
@@ -172,6 +192,9 @@ def parse_uniform(
             f"{other} must be at least {one}, got {one} {numbers[0]!r} and {other} {numbers[1]!r}"
         )
     return Uniform(first, last, (one, first) if abs(first) > abs(last) else (other, last))
+
+
+plain_uniform = lru_cache(maxsize=256)(find_uniform)
 
 
 def parse_number(argument: str, value: Any, least: float | None = None, finite: bool = True) -> float:

@@ -255,10 +255,10 @@ def multiply_by_ratio(scratch: NormalScratch, unit: int) -> Array:
     *others, last = table.columns
     for pair in range(0, len(u), 2):
         np.copyto(row, scratch.word[pair : pair + 2])
-        np.take(last, row, out=r, mode="clip")  # other modes take a copy
+        np.take(last, row, out=r, mode="wrap")  # "raise" takes a copy, "clip" half as long again
         for column in reversed(others):
             np.multiply(r, scratch.tail[pair : pair + 2], out=r)
-            np.take(column, row, out=coefficient, mode="clip")
+            np.take(column, row, out=coefficient, mode="wrap")
             np.add(r, coefficient, out=r)
         np.multiply(u[pair : pair + 2], r, out=u[pair : pair + 2])
     return u
@@ -294,20 +294,23 @@ def normal_between(numbers: Numbers, scratch: NormalScratch) -> Array:
     np.bitwise_xor(distance, below, out=distance)
     np.copyto(u, distance.view(unsigned), casting="unsafe")
     np.multiply(u, step, out=u)
-    np.copyto(tail, start_above)
-    np.copyto(tail, start_below, where=is_below)
-    np.add(u, tail, out=u)
+    np.add(u, choose(below, start_below, start_above, distance), out=u)
     np.bitwise_xor(word, np.iinfo(signed).max, out=word)
     np.bitwise_xor(word, below, out=word)
     np.copyto(tail, word.view(unsigned), casting="unsafe")
     np.multiply(tail, step, out=tail)
-    start = word.view(u.dtype)
-    np.copyto(start, tail_above)
-    np.copyto(start, tail_below, where=is_below)
-    np.add(tail, start, out=tail)
+    np.add(tail, choose(below, tail_below, tail_above, word), out=tail)
     np.bitwise_and(below, np.iinfo(signed).min, out=below)
     np.bitwise_xor(u.view(signed), below, out=u.view(signed))
     return multiply_by_ratio(scratch, 8 * word.itemsize - 1)
+
+
+def choose(mask: Array, then: Any, otherwise: Any, out: Array) -> Array:
+    """then where all bits of the mask are set, otherwise where none is: by bits, as branches cost far more."""
+    one, other = then.view(out.dtype), otherwise.view(out.dtype)
+    np.bitwise_and(mask, one ^ other, out=out)
+    chosen: Array = np.bitwise_xor(out, other, out=out)
+    return chosen.view(then.dtype)
 
 
 def to_weight(w: Array, distribution: int, numbers: Numbers, out: Array) -> None:
