@@ -357,7 +357,7 @@ def measure_gpuinit() -> Iterator[Case]:
     usual, multiprocessors = cuda.resident_blocks, cupy.cuda.Device().attributes["MultiProcessorCount"]
     try:
         for blocks in (2, 4, 5, 6, 8, 16, 32):
-            cuda.resident_blocks = lambda device, dtype, n=blocks * multiprocessors: n  # type: ignore[assignment]
+            cuda.resident_blocks = lambda *key, n=blocks * multiprocessors: n  # type: ignore[assignment]
             for dtype in PEER_DTYPES:
                 outs = cupy_arrays(LARGEST, dtype)
 

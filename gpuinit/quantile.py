@@ -306,7 +306,7 @@ def normal_between(numbers: Numbers, scratch: NormalScratch) -> Array:
 
 
 def choose(mask: Array, then: Any, otherwise: Any, out: Array) -> Array:
-    """then where all bits of the mask are set, otherwise where none is: by bits, as branches cost far more."""
+    """then where all bits of the mask are set, otherwise where none is: bit by bit, as a branch is slow."""
     one, other = then.view(out.dtype), otherwise.view(out.dtype)
     np.bitwise_and(mask, one ^ other, out=out)
     chosen: Array = np.bitwise_xor(out, other, out=out)
