@@ -27,9 +27,14 @@ TORCH_AXES = (1, 0, ())
 
 
 def he_normal_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with truncated He-normal weights, for layers followed by ReLU.
 
         std = sqrt(2 / fan_in)
@@ -75,9 +80,14 @@ def he_normal_(
 
 
 def he_uniform_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with uniform He weights: in [-limit, limit], limit = sqrt(6 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -89,9 +99,14 @@ def he_uniform_(
 
 
 def glorot_normal_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with truncated Glorot-normal weights: std = sqrt(2 / (fan_in + fan_out)).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -103,9 +118,14 @@ def glorot_normal_(
 
 
 def glorot_uniform_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with uniform Glorot weights: limit = sqrt(6 / (fan_in + fan_out)).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -116,9 +136,14 @@ def glorot_uniform_(
 
 
 def lecun_normal_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with truncated LeCun-normal weights: std = sqrt(1 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -129,9 +154,14 @@ def lecun_normal_(
 
 
 def lecun_uniform_(
-    tensor: torch.Tensor, *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with uniform LeCun weights: limit = sqrt(3 / fan_in).
 
     The arguments, the result and the errors are those of `he_normal_`.
@@ -143,10 +173,16 @@ def lecun_uniform_(
 
 def variance_scaling_(
     tensor: torch.Tensor,
-    scale: float = 1.0, mode: str = "fan_in", distribution: str = "truncated_normal",
-    *, seed: SupportsIndex | None = None, name: str | None = None,
-    in_axis: Axes = 1, out_axis: Axes = 0, batch_axis: Axes = (),
-) -> torch.Tensor:  # fmt: skip
+    scale: float = 1.0,
+    mode: str = "fan_in",
+    distribution: str = "truncated_normal",
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+    in_axis: Axes = 1,
+    out_axis: Axes = 0,
+    batch_axis: Axes = (),
+) -> torch.Tensor:
     """Fill a tensor with weights of variance scale / fan: the general case of the six above.
 
         "truncated_normal"    std = sqrt(scale / fan), cut at +-2 * std / 0.87962566103423976
@@ -175,9 +211,13 @@ def scaled(tensor: torch.Tensor, recipe: Recipe, *axes: Axes) -> Draw:
 
 
 def normal_(
-    tensor: torch.Tensor, stddev: float = 0.05, mean: float = 0.0,
-    *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    stddev: float = 0.05,
+    mean: float = 0.0,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from a normal distribution that is not cut, whatever the fans.
 
         weight = mean + stddev * z,  z from the unit normal
@@ -195,9 +235,15 @@ def normal_(
 
 
 def truncated_normal_(
-    tensor: torch.Tensor, stddev: float = 0.05, mean: float = 0.0, lower: float = -2.0, upper: float = 2.0,
-    *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    stddev: float = 0.05,
+    mean: float = 0.0,
+    lower: float = -2.0,
+    upper: float = 2.0,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from a normal distribution that is cut at two bounds, whatever the fans.
 
         weight = mean + stddev * z,  z from the unit normal truncated to [lower, upper]
@@ -221,9 +267,14 @@ def truncated_normal_(
 
 
 def uniform_(
-    tensor: torch.Tensor, *ends: float, a: float | None = None, b: float | None = None,
-    limit: float | None = None, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    *ends: float,
+    a: float | None = None,
+    b: float | None = None,
+    limit: float | None = None,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from a uniform distribution, whatever the fans. Both ends can be reached.
 
         uniform_(tensor, limit)  in [-limit, limit]

@@ -45,27 +45,44 @@ def __getattr__(name: str) -> Any:
 
 
 def uniform_(
-    tensor: torch.Tensor, a: float = 0.0, b: float = 1.0,
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    a: float = 0.0,
+    b: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from the uniform distribution on [a, b], a <= b. References: `torch.nn.init.uniform_`."""
     check(tensor)
     return fill(tensor, parse_uniform((a, b), names=("a", "b")), seed, name, generator)
 
 
 def normal_(
-    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0,
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from a normal: mean + std * z, std >= 0. References: `torch.nn.init.normal_`."""
     check(tensor)
     return fill(tensor, parse_normal(std, mean, name="std"), seed, name, generator)
 
 
 def trunc_normal_(
-    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0,
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    a: float = -2.0,
+    b: float = 2.0,
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor from a normal distribution cut at a and b: mean + std * z in [a, b], a <= b.
 
     a and b are weights, not standard deviations: with std=0.02 the default ones cut nothing, and the bits are
@@ -103,9 +120,13 @@ def deviations(bound: float, mean: float, std: float, inwards: float) -> float:
 
 
 def xavier_uniform_(
-    tensor: torch.Tensor, gain: float = 1.0,
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    gain: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor of 2 or more axes from [-bound, bound], bound = gain * sqrt(6 / (fan_in + fan_out)).
 
     gain is >= 0. References: Glorot, Bengio, AISTATS 2010; `torch.nn.init.xavier_uniform_`.
@@ -114,9 +135,13 @@ def xavier_uniform_(
 
 
 def xavier_normal_(
-    tensor: torch.Tensor, gain: float = 1.0,
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    gain: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor of 2 or more axes from a normal, not cut, of std = gain * sqrt(2 / (fan_in + fan_out)).
 
     gain is >= 0. References: Glorot, Bengio, AISTATS 2010; `torch.nn.init.xavier_normal_`.
@@ -125,9 +150,15 @@ def xavier_normal_(
 
 
 def kaiming_uniform_(
-    tensor: torch.Tensor, a: float = 0, mode: str = "fan_in", nonlinearity: str = "leaky_relu",
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    a: float = 0,
+    mode: str = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor of 2 or more axes from [-bound, bound], bound = gain * sqrt(3 / fan).
 
     mode, "fan_in" or "fan_out", says which fan; gain is `calculate_gain(nonlinearity, a)`, where a is the
@@ -137,9 +168,15 @@ def kaiming_uniform_(
 
 
 def kaiming_normal_(
-    tensor: torch.Tensor, a: float = 0, mode: str = "fan_in", nonlinearity: str = "leaky_relu",
-    generator: torch.Generator | None = None, *, seed: SupportsIndex | None = None, name: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tensor: torch.Tensor,
+    a: float = 0,
+    mode: str = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    generator: torch.Generator | None = None,
+    *,
+    seed: SupportsIndex | None = None,
+    name: str | None = None,
+) -> torch.Tensor:
     """Fill a tensor of 2 or more axes from a normal, not cut, of std = gain / sqrt(fan).
 
     The arguments are those of `kaiming_uniform_`. References: the same; `torch.nn.init.kaiming_normal_`.
