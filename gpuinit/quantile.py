@@ -2,7 +2,8 @@
 
 Twin: kernels/fill.cu has the same names in the same order; its header says what is computed and from which
 counter, and the tests compare the two by bytes. Where the kernel makes one block of four words, a function
-here makes `n` blocks in a few passes over arrays that stay in the cache.
+here makes `n` blocks in a few passes over arrays that stay in the cache. Those of the normal serve float32
+and float64 alike.
 
 Every float operation is a separate IEEE round-to-nearest add, multiply or divide of 1 by a number, in the
 kernel's order. NumPy never fuses them.

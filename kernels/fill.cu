@@ -8,9 +8,9 @@
  *     UNIFORM_BETWEEN    sample * scale + mean    sample uniform in [-1, 1]; no weight below low or above high
  *     NORMAL_BETWEEN     sample * scale + mean    sample normal, cut anywhere; no weight below low or above high
  *
- * with the numbers that gpuinit/distributions.py works out. The file is compiled once for the first two, which
- * take one number, and where it is asked for once more with SHIFTED defined, for the others. One kernel for all
- * would take longer to compile and more registers.
+ * with the numbers that gpuinit/distributions.py and gpuinit/exact.py work out. The file is compiled once for the
+ * first two, which take one number, and where it is asked for once more with SHIFTED defined, for the others. One
+ * kernel for all would take longer to compile and more registers.
  *
  * Element to counter. One Philox4x32-10 block is four 32-bit words for the counter (block, stream):
  *     float32, float16, bfloat16   element i  <-  word i % 4 of block i / 4
