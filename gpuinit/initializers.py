@@ -349,7 +349,7 @@ def uniform(
     out: Any = None,
     index: Index | None = None,
 ) -> Any:
-    """Weights of a uniform distribution, whatever the fans. Both ends can be reached.
+    """Weights of a uniform distribution, whatever the fans. Both ends can be reached, or the number before.
 
         uniform(shape, limit)      in [-limit, limit]
         uniform(shape, low, high)  in [low, high]

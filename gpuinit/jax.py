@@ -207,8 +207,8 @@ def truncated_normal(
 ) -> Initializer:
     """A normal distribution cut at lower * stddev and upper * stddev, whatever the fans.
 
-    As `jax.nn.initializers.truncated_normal`: stddev is that before the cut. Both ends can be reached. What
-    it returns is as for `he_normal`, with the bits, the bounds and the errors of `gpuinit.truncated_normal`.
+    As `jax.nn.initializers.truncated_normal`: stddev is that before the cut. What it returns is as for
+    `he_normal`, with the bits, the bounds and the errors of `gpuinit.truncated_normal`.
     """
     return initializer_of(partial(initializers.make, draw=parse_normal(stddev, 0.0, lower, upper)), dtype)
 

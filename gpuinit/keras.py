@@ -177,7 +177,7 @@ class RandomUniform(Drawn, initializers.RandomUniform):  # type: ignore[misc]
     """A uniform distribution, whatever the fans: as `keras.initializers.RandomUniform`."""
 
     def draw(self, shape: tuple[int, ...]) -> Draw:
-        """In [minval, maxval], finite numbers in order; both can be reached."""
+        """In [minval, maxval], finite numbers in order; both can be reached, or the number before."""
         return parse_uniform((self.minval, self.maxval), names=("minval", "maxval"))
 
 

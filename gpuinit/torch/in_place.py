@@ -275,7 +275,7 @@ def uniform_(
     seed: SupportsIndex | None = None,
     name: str | None = None,
 ) -> torch.Tensor:
-    """Fill a tensor from a uniform distribution, whatever the fans. Both ends can be reached.
+    """Fill a tensor from a uniform distribution, whatever the fans, as `gpuinit.uniform` does.
 
         uniform_(tensor, limit)  in [-limit, limit]
         uniform_(tensor, a, b)   in [a, b]

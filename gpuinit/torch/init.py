@@ -5,9 +5,9 @@
 What draws takes seed= and name= too; they, the tensors and the errors are those of
 `gpuinit.torch.he_normal_`. Without a seed, 64 bits are drawn from `generator`, on any device, or from torch's
 default CPU generator, which `torch.manual_seed` governs; a DTensor needs a seed. The distributions and the
-fans are torch's (axis 1 in, axis 0 out, times the axes after them). Its numbers are not, and both ends of a
-uniform distribution can be reached. What draws nothing is torch's own. What draws and is not here is an
-AttributeError.
+fans are torch's (axis 1 in, axis 0 out, times the axes after them). Its numbers are not, and a uniform
+distribution has both its ends, not the lower one alone. What draws nothing is torch's own. What draws and is
+not here is an AttributeError.
 """
 
 from __future__ import annotations
