@@ -25,6 +25,12 @@ def test_a_sample_takes_at_most_32_instructions_on_sm_90(counted):
         assert counted["sm_90"][dtype]["instructions_per_sample"] <= 32
 
 
+def test_a_truncated_normal_sample_takes_no_more_than_before_there_were_others(counted):
+    assert counted["sm_90"]["float32"]["instructions_per_sample"] <= 31.125
+    for dtype in ("float16", "bfloat16"):
+        assert counted["sm_90"][dtype]["instructions_per_sample"] <= 30.9375
+
+
 # Targets of the other distributions in float32, and what the 16-bit types may take; none in local memory on
 # the hot path, whatever the entry needs outside of it.
 LIMITS = {"normal": 30, "normal_between": 42, "uniform_between": 18}
