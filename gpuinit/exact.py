@@ -103,9 +103,8 @@ def normal_sampling(draw: Normal, kind: Any) -> tuple[int, Numbers, Sequence[Any
         stddev, centre = 0.0, centre + Fraction(lower) * Fraction(stddev)
     numbers = scale, middle = kind(stddev), nearest(centre, kind)
     is_cut = stddev > 0 and not (lower <= -REACH[kind] and upper >= REACH[kind])
-    far = REACH[
-        np.float64 if is_cut else kind
-    ]  # beyond it lies no sample: float64 reaches the tail of 2**-64
+    # Beyond it lies no sample, as float64 reaches the tail of 2**-64.
+    far = REACH[np.float64 if is_cut else kind]
     products = [kind(max(-far, min(bound, far))) * scale for bound in (lower, upper)]
     ends = [middle + product for product in products]
     if not is_cut:
@@ -142,8 +141,7 @@ def between_numbers(lower: float, upper: float, kind: Any) -> Numbers:
     exact = step, start, step - start, 1 - last + step / 2, 1 + first + step / 2
     numbers = [nearest(number * 2 ** (bits - 1), kind) for number in exact]
     tiny = np.finfo(kind).tiny * kind(2.0 ** (bits - 1))  # below it a GPU would flush the sample to 0
-    signed = np.int64 if kind is np.float64 else np.int32
-    return *(x if abs(x) >= tiny else kind(0) for x in numbers), signed(split - 2 ** (bits - 1))
+    return *(x if abs(x) >= tiny else kind(0) for x in numbers), word_type(kind)(split - 2 ** (bits - 1))
 
 
 def nearest(number: Fraction, kind: Any) -> Any:
@@ -168,5 +166,9 @@ def bounds_inwards(low: Fraction | float, high: Fraction | float, kind: Any) -> 
 
 def pad(numbers: Numbers, kind: Any) -> Numbers:
     """With zeros for what the distribution has not."""
-    signed = np.int64 if kind is np.float64 else np.int32
-    return *numbers, *(kind(0),) * (9 - len(numbers)), signed(0)
+    return *numbers, *(kind(0),) * (9 - len(numbers)), word_type(kind)(0)
+
+
+def word_type(kind: Any) -> Any:
+    """The signed integer as wide."""
+    return np.int64 if kind is np.float64 else np.int32

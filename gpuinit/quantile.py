@@ -11,6 +11,7 @@ kernel's order. NumPy never fuses them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -327,6 +328,27 @@ def to_weight(w: Array, distribution: int, numbers: Numbers, out: Array) -> None
         np.minimum(w, high, out=out)
 
 
+def weights_of(
+    words: Array,
+    distribution: int,
+    numbers: Numbers,
+    scratch: Scratch,
+    uniform: Callable[[Array, Array], Array],
+    truncated_normal: Callable[[Array, Scratch], Array],
+) -> Array:
+    """The weights of words as wide as a sample; the last two are the functions of that width."""
+    if distribution == NORMAL:
+        w = normal(normal_scratch(scratch))
+    elif distribution == NORMAL_BETWEEN:
+        w = normal_between(numbers, normal_scratch(scratch))
+    else:
+        w = uniform(words, scratch.u)
+        if distribution == TRUNCATED_NORMAL:
+            w = truncated_normal(w, scratch)
+    to_weight(w, distribution, numbers, scratch.weights.T)
+    return scratch.weights
+
+
 def weights(
     block: Array, stream: int, keys: Array, distribution: int, numbers: Numbers, scratch: Scratch
 ) -> Array:
@@ -334,16 +356,7 @@ def weights(
     even, odd = philox4x32(block, stream, keys, scratch)
     np.copyto(scratch.words[0::2], even, casting="unsafe")
     np.copyto(scratch.words[1::2], odd, casting="unsafe")
-    if distribution == NORMAL:
-        w = normal(normal_scratch(scratch))
-    elif distribution == NORMAL_BETWEEN:
-        w = normal_between(numbers, normal_scratch(scratch))
-    else:
-        w = uniform(scratch.words, scratch.u)
-        if distribution == TRUNCATED_NORMAL:
-            w = truncated_normal(w, scratch)
-    to_weight(w, distribution, numbers, scratch.weights.T)
-    return scratch.weights
+    return weights_of(scratch.words, distribution, numbers, scratch, uniform, truncated_normal)
 
 
 def join64(even: Array, odd: Array) -> Array:
@@ -397,13 +410,4 @@ def weights64(
 ) -> Array:
     """The float64 weights of these blocks, one block a row."""
     words = join64(*philox4x32(block, stream, keys, scratch))
-    if distribution == NORMAL:
-        w = normal(normal_scratch(scratch))
-    elif distribution == NORMAL_BETWEEN:
-        w = normal_between(numbers, normal_scratch(scratch))
-    else:
-        w = uniform64(words, scratch.u)
-        if distribution == TRUNCATED_NORMAL:
-            w = truncated_normal64(w, scratch)
-    to_weight(w, distribution, numbers, scratch.weights.T)
-    return scratch.weights
+    return weights_of(words, distribution, numbers, scratch, uniform64, truncated_normal64)
