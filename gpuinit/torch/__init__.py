@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 from gpuinit.rules import Report, Row
 from gpuinit.torch import init
+from gpuinit.torch.default_rules import DEFAULT_RULES
 from gpuinit.torch.in_place import (
     glorot_normal_,
     glorot_uniform_,
@@ -31,7 +32,7 @@ from gpuinit.torch.in_place import (
     uniform_,
     variance_scaling_,
 )
-from gpuinit.torch.model import DEFAULT_RULES, initialize_
+from gpuinit.torch.model import initialize_
 
 __all__ = [
     "DEFAULT_RULES",
