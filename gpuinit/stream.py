@@ -146,6 +146,18 @@ def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ..
     if 0 in lengths:
         return
     first, outer = first_run(shape, starts, lengths)
+    yield from repeat(first, outer)
+
+
+def strided_runs(offset: int, lengths: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[Run]:
+    """The same for a part whose element i is the global element offset + sum(i * strides)."""
+    if 0 in lengths:
+        return
+    first, outer = join(lengths, strides)
+    yield from repeat(first._replace(offset=offset), outer)
+
+
+def repeat(first: Run, outer: list[tuple[int, int]]) -> Iterator[Run]:
     if not outer:
         yield first
         return
@@ -158,21 +170,34 @@ def first_run(
     shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]
 ) -> tuple[Run, list[tuple[int, int]]]:
     """The first run of a part that is not empty, and the axes left, (length, stride), innermost first."""
+    strides = row_major(shape)
+    first, outer = join(lengths, strides)
+    return first._replace(offset=sum(map(operator.mul, starts, strides))), outer
+
+
+@lru_cache(maxsize=256)
+def join(lengths: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Run, list[tuple[int, int]]]:
+    """That of a part at offset 0."""
     joined: list[tuple[int, int]] = []  # (length, stride), innermost first
-    offset, stride = 0, 1
-    for length, start, count in zip(shape[::-1], starts[::-1], lengths[::-1], strict=True):
-        offset += start * stride
+    for count, stride in zip(lengths[::-1], strides[::-1], strict=True):
         if joined and joined[-1][0] * joined[-1][1] == stride:
             joined[-1] = (joined[-1][0] * count, joined[-1][1])
         elif count > 1:
             joined.append((count, stride))
-        stride *= length
     if not joined or joined[0][1] != 1:  # single elements, a stride apart
         joined.insert(0, (1, 1))
     if len(joined) == 1:
         joined.append((1, 0))
     (count, _), (rows, row_stride), *outer = joined
-    return Run(offset, count, rows, row_stride), outer
+    return Run(0, count, rows, row_stride), outer
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Steps of the linear index along every axis."""
+    strides = [1]
+    for length in shape[:0:-1]:
+        strides.append(strides[-1] * length)
+    return tuple(strides[: len(shape)][::-1])
 
 
 def walk(axes: list[tuple[int, int]]) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from operator import mul
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -13,13 +14,16 @@ from gpuinit import devices
 from gpuinit.backends import Request, cpu, cuda
 from gpuinit.distributions import Draw, find_sampling
 from gpuinit.initializers import DTYPES
-from gpuinit.stream import Run, parse_name, parse_seed, runs
-from gpuinit.torch.shards import Part, is_dtensor, parts
+from gpuinit.stream import Run, parse_name, parse_seed, row_major, strided_runs
+from gpuinit.torch.shards import is_dtensor, parts
 
 SCRATCH = 2**21  # elements, for layouts that are not C-contiguous
 
 # initialize_ reads here the standard deviation that an initialiser gave, for its report.
 recorded_stds: ContextVar[list[float] | None] = ContextVar("recorded_stds", default=None)
+
+# initialize_ has all checked by what it calls, before anything is written.
+checking: ContextVar[bool] = ContextVar("checking", default=False)
 
 TORCH_DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items()}
 
@@ -84,11 +88,14 @@ def fill(
         stds.append(draw.std())
     with torch.no_grad():
         local, places = parts(tensor)
+        if checking.get():
+            return tensor
         if local.numel() == 0 or local.untyped_storage().device.type == "meta":  # fake tensors are there too
             return tensor
         key = parse_seed(draw_seed(generator) if seed is None else seed)
-        for place in places:
-            fill_part(place, tuple(tensor.shape), (key, stream, *sampling))
+        strides = row_major(tuple(tensor.shape))
+        for part, starts in places:
+            fill_part(part, sum(map(mul, starts, strides)), strides, (key, stream, *sampling))
         torch.autograd.graph.increment_version([tensor, local])
     return tensor
 
@@ -101,28 +108,28 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(low | high << 32)
 
 
-def fill_part(part: Part, shape: tuple[int, ...], request: Request) -> None:
-    tensor, starts = part
+def fill_part(tensor: torch.Tensor, offset: int, strides: tuple[int, ...], request: Request) -> None:
+    """Fill a tensor whose element i is element offset + sum(i * strides) of the whole."""
     if tensor.is_contiguous() and not tensor.is_neg():
-        write(tensor, runs(shape, starts, tuple(tensor.shape)), request)
+        write(tensor, strided_runs(offset, tuple(tensor.shape), strides), request)
         return
     scratch = tensor.new_empty(min(SCRATCH, tensor.numel()))
-    for piece, piece_starts in pieces(tensor, starts):
+    for piece, place in pieces(tensor, offset, strides):
         made = scratch[: piece.numel()]
-        write(made, runs(shape, piece_starts, tuple(piece.shape)), request)
+        write(made, strided_runs(place, tuple(piece.shape), strides), request)
         piece.copy_(made.view(piece.shape))
 
 
-def pieces(tensor: torch.Tensor, starts: tuple[int, ...]) -> Iterator[Part]:
+def pieces(tensor: torch.Tensor, offset: int, strides: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, int]]:
     """Cut a tensor across its axes, the outermost first, into pieces that fit the scratch."""
     if tensor.numel() <= SCRATCH:
-        yield Part(tensor, starts)
+        yield tensor, offset
         return
     axis, length = next((axis, length) for axis, length in enumerate(tensor.shape) if length > 1)
     step = max(1, SCRATCH * length // tensor.numel())
     for first in range(0, length, step):
         piece = tensor.narrow(axis, first, min(step, length - first))
-        yield from pieces(piece, (*starts[:axis], starts[axis] + first, *starts[axis + 1 :]))
+        yield from pieces(piece, offset + first * strides[axis], strides)
 
 
 def write(tensor: torch.Tensor, elements: Iterable[Run], request: Request) -> None:
