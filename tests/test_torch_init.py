@@ -440,6 +440,28 @@ def test_zero_elements_are_left_alone(name, shape):
     assert {warning.filename for warning in caught} <= {__file__}
 
 
+def outcome(function, shape):
+    """What a function does to a tensor of this shape: the error, or the warnings and whether it drew."""
+    state, tensor = torch.get_rng_state(), torch.empty(shape)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            returned = function(tensor, *[1.0] * (function.__name__ == "constant_"))
+        except (ArithmeticError, ValueError) as error:
+            return type(error)
+    drew = not torch.equal(state, torch.get_rng_state())
+    return [str(warning.message) for warning in caught], returned is tensor, drew
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (0, 0), (3, 0, 2), (2, 0, 0, 3), (), (4,)], ids=str)
+@pytest.mark.parametrize("name", [name for name in init.__all__ if name.endswith("_")])
+def test_what_torch_does_without_elements_or_axes_is_done_here(name, shape):
+    expected = outcome(getattr(nn.init, name), shape)
+    if expected is ZeroDivisionError:  # of xavier, where both fans are 0, which is no mistake
+        expected = [], True, False
+    assert outcome(getattr(init, name), shape) == expected
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_zero_elements_of_one_axis_have_no_fans_and_need_none():
     init.kaiming_normal_(torch.empty(0))

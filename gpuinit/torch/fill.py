@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from operator import mul
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
 from gpuinit import devices
 from gpuinit.backends import Request, cpu, cuda
 from gpuinit.distributions import Draw, find_sampling
 from gpuinit.initializers import DTYPES
 from gpuinit.stream import Run, parse_name, parse_seed, row_major, strided_runs
+from gpuinit.torch.graphs import refuse_traced
 from gpuinit.torch.shards import is_dtensor, parts
 
-SCRATCH = 2**21  # elements, for layouts that are not C-contiguous
+SCRATCH = 2**21  # elements, for what cannot be written where it lies
 
 # initialize_ reads here the standard deviation that an initialiser gave, for its report.
 recorded_stds: ContextVar[list[float] | None] = ContextVar("recorded_stds", default=None)
 
 # initialize_ has all checked by what it calls, before anything is written.
 checking: ContextVar[bool] = ContextVar("checking", default=False)
+
+# A recipe that runs in `streams`: what is filled without a seed takes its stream from there.
+within: ContextVar[Any] = ContextVar("within", default=None)
 
 TORCH_DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items()}
 
@@ -32,6 +37,7 @@ def check(tensor: Any) -> None:
     """Raise unless it is a tensor, or a DTensor of such, that can be filled."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
+    refuse_traced(tensor)
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(
             "tensor must have a shape; run the lazy module once before, got an uninitialized parameter"
@@ -45,8 +51,6 @@ def check(tensor: Any) -> None:
         raise TypeError(f"tensor must be dense, got layout {tensor.layout}")
     if tensor.dtype not in TORCH_DTYPES:
         raise TypeError(f"tensor must have dtype {', '.join(DTYPES)}, got {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"tensor must be on the CPU, on a CUDA device or on meta, got {tensor.device}")
     if overlaps(tensor):
         raise ValueError(
             "tensor must not hold elements that share memory, as an expanded one does; fill it before, "
@@ -74,12 +78,15 @@ def fill(
 ) -> torch.Tensor:
     """Check what is left to check, then fill a tensor that passed `check`."""
     stream = parse_name(name)
+    recipe = within.get()
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be None or a torch.Generator, got {generator!r}")
     if seed is not None:
         parse_seed(seed)
         if generator is not None:
             raise ValueError(f"generator must be None where a seed is given, got {generator!r}")
+    elif recipe is not None and not checking.get():
+        return recipe.draw_given(tensor, draw)
     elif is_dtensor(tensor):
         raise ValueError("seed must be given for a DTensor, the same on every rank, got None")
     sampling = find_sampling(draw, TORCH_DTYPES[tensor.dtype])
@@ -88,16 +95,24 @@ def fill(
         stds.append(draw.std())
     with torch.no_grad():
         local, places = parts(tensor)
-        if checking.get():
+        if local.numel() == 0 or is_fake(local):
             return tensor
-        if local.numel() == 0 or local.untyped_storage().device.type == "meta":  # fake tensors are there too
+        has_kernel(local.device)  # where its warning is an error, nothing is written yet
+        if checking.get():
             return tensor
         key = parse_seed(draw_seed(generator) if seed is None else seed)
         strides = row_major(tuple(tensor.shape))
         for part, starts in places:
             fill_part(part, sum(map(mul, starts, strides)), strides, (key, stream, *sampling))
         torch.autograd.graph.increment_version([tensor, local])
+        if recipe is not None:
+            recipe.note_given(tensor, draw)
     return tensor
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it has no memory."""
+    return bool(tensor.is_meta) or isinstance(tensor, FakeTensor)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -108,16 +123,29 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(low | high << 32)
 
 
-def fill_part(tensor: torch.Tensor, offset: int, strides: tuple[int, ...], request: Request) -> None:
-    """Fill a tensor whose element i is element offset + sum(i * strides) of the whole."""
-    if tensor.is_contiguous() and not tensor.is_neg():
+def fill_part(
+    tensor: torch.Tensor,
+    offset: int,
+    strides: tuple[int, ...],
+    request: Request,
+    dtype: torch.dtype | None = None,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Fill a tensor whose element i is element offset + sum(i * strides) of the whole.
+
+    With finish, from what it makes of weights of another dtype.
+    """
+    here = has_kernel(tensor.device)
+    if here and finish is None and tensor.is_contiguous() and not tensor.is_neg():
         write(tensor, strided_runs(offset, tuple(tensor.shape), strides), request)
         return
-    scratch = tensor.new_empty(min(SCRATCH, tensor.numel()))
+    size, dtype = min(SCRATCH, tensor.numel()), dtype or tensor.dtype
+    scratch = tensor.new_empty(size, dtype=dtype) if here else torch.empty(size, dtype=dtype, device="cpu")
     for piece, place in pieces(tensor, offset, strides):
         made = scratch[: piece.numel()]
         write(made, strided_runs(place, tuple(piece.shape), strides), request)
-        piece.copy_(made.view(piece.shape))
+        # From the host it waits, so that what is sent is not made anew meanwhile.
+        piece.copy_((made if finish is None else finish(made)).view(piece.shape))
 
 
 def pieces(tensor: torch.Tensor, offset: int, strides: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, int]]:
@@ -132,15 +160,26 @@ def pieces(tensor: torch.Tensor, offset: int, strides: tuple[int, ...]) -> Itera
         yield from pieces(piece, offset + first * strides[axis], strides)
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether a tensor is written where it lies. Any other device is sent what the CPU made."""
+    if device.type == "cpu":
+        return True
+    if (
+        device.type != "cuda" or torch.version.hip is not None
+    ):  # the kernel's bits are promised for CUDA alone
+        return False  # no warning, as there is no remedy
+    problem = devices.cuda_problem()
+    if problem is not None:
+        devices.warn_of_fallback(problem)
+    return problem is None
+
+
 def write(tensor: torch.Tensor, elements: Iterable[Run], request: Request) -> None:
-    """Fill a C-contiguous tensor, on its own device and stream."""
+    """Fill a C-contiguous tensor on a device that has a kernel, on torch's stream."""
     flat = tensor.view(-1)
     if tensor.device.type == "cpu":
         cpu.fill(numpy_array(flat), elements, request)
         return
-    problem = devices.cuda_problem()
-    if problem is not None:
-        raise RuntimeError(f"tensor is on {tensor.device}, but CUDA cannot be used: {problem}")
     import cupy
 
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(tensor.device))

@@ -22,10 +22,12 @@ from gpuinit.distributions import (
 )
 from gpuinit.fans import DEFAULT_AXES, Axes, fans
 from gpuinit.torch.fill import check, fill
+from gpuinit.torch.graphs import outside_graphs
 
 TORCH_AXES = (1, 0, ())
 
 
+@outside_graphs
 def he_normal_(
     tensor: torch.Tensor,
     *,
@@ -45,9 +47,12 @@ def he_normal_(
 
     The tensor is filled where it lies, in one pass: on the CPU, or on its CUDA device on torch's current
     stream, without waiting for it. A layout that is not C-contiguous (channels last, a transpose, a slice)
-    gets the same value at the same index, through a scratch of at most 2**21 elements. A DTensor is filled
-    from its place in the whole tensor, and with the fans of the whole tensor: each rank makes its own shard
-    and no collective is called. Tensors on the meta device, and fake ones, are left alone.
+    gets the same value at the same index, through a scratch of at most 2**21 elements. On any other device
+    that torch has (mps, xpu, ROCm, ...) it gets the same bits from the CPU, through such a scratch there; on
+    a CUDA device too where CuPy or what it needs is missing, with a `gpuinit.FallbackWarning` once a process.
+    A DTensor is filled from its place in the whole tensor, and with the fans of the whole tensor: each rank
+    makes its own shard and no collective is called. Tensors on the meta device, and fake ones, are left
+    alone. torch.compile breaks its graph at a fill.
 
     Args:
         tensor: float32, float16, bfloat16 or float64, of any shape. May require grad: nothing is recorded,
@@ -71,7 +76,8 @@ def he_normal_(
     Raises:
         TypeError, ValueError: An argument that cannot be used, before anything is written: a sparse,
             quantised, complex or integer tensor, one whose elements share memory, a Partial DTensor.
-        RuntimeError: The tensor is on a CUDA device, and CuPy or what it needs is missing.
+        RuntimeError: make_fx, torch.export or torch.func traces the tensor: a fill is none of torch's
+            operations, and they would miss it.
 
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015; `gpuinit.he_normal`.
     `torch.nn.init.kaiming_normal_` is not truncated.
@@ -79,6 +85,7 @@ def he_normal_(
     return fill(tensor, scaled(tensor, HE_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def he_uniform_(
     tensor: torch.Tensor,
     *,
@@ -98,6 +105,7 @@ def he_uniform_(
     return fill(tensor, scaled(tensor, HE_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def glorot_normal_(
     tensor: torch.Tensor,
     *,
@@ -117,6 +125,7 @@ def glorot_normal_(
     return fill(tensor, scaled(tensor, GLOROT_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def glorot_uniform_(
     tensor: torch.Tensor,
     *,
@@ -135,6 +144,7 @@ def glorot_uniform_(
     return fill(tensor, scaled(tensor, GLOROT_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def lecun_normal_(
     tensor: torch.Tensor,
     *,
@@ -153,6 +163,7 @@ def lecun_normal_(
     return fill(tensor, scaled(tensor, LECUN_NORMAL, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def lecun_uniform_(
     tensor: torch.Tensor,
     *,
@@ -171,6 +182,7 @@ def lecun_uniform_(
     return fill(tensor, scaled(tensor, LECUN_UNIFORM, in_axis, out_axis, batch_axis), seed, name)
 
 
+@outside_graphs
 def variance_scaling_(
     tensor: torch.Tensor,
     scale: float = 1.0,
@@ -210,6 +222,7 @@ def scaled(tensor: torch.Tensor, recipe: Recipe, *axes: Axes) -> Draw:
     return draw_of(recipe, *fans(tuple(tensor.shape), *axes))
 
 
+@outside_graphs
 def normal_(
     tensor: torch.Tensor,
     stddev: float = 0.05,
@@ -234,6 +247,7 @@ def normal_(
     return fill(tensor, parse_normal(stddev, mean), seed, name)
 
 
+@outside_graphs
 def truncated_normal_(
     tensor: torch.Tensor,
     stddev: float = 0.05,
@@ -266,6 +280,7 @@ def truncated_normal_(
     return fill(tensor, parse_normal(stddev, mean, lower, upper), seed, name)
 
 
+@outside_graphs
 def uniform_(
     tensor: torch.Tensor,
     *ends: float,

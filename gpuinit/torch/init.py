@@ -24,6 +24,7 @@ from torch.nn.init import calculate_gain, constant_, dirac_, eye_, ones_, zeros_
 from gpuinit.distributions import Normal, Uniform, parse_normal, parse_number, parse_uniform
 from gpuinit.fans import fans
 from gpuinit.torch.fill import check, fill
+from gpuinit.torch.graphs import outside_graphs
 
 __all__ = ["calculate_gain", "constant_", "dirac_", "eye_", "ones_", "zeros_"]  # torch's own
 __all__ += ["kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"]
@@ -44,6 +45,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(message)
 
 
+@outside_graphs
 def uniform_(
     tensor: torch.Tensor,
     a: float = 0.0,
@@ -58,6 +60,7 @@ def uniform_(
     return fill(tensor, parse_uniform((a, b), names=("a", "b")), seed, name, generator)
 
 
+@outside_graphs
 def normal_(
     tensor: torch.Tensor,
     mean: float = 0.0,
@@ -72,6 +75,7 @@ def normal_(
     return fill(tensor, parse_normal(std, mean, name="std"), seed, name, generator)
 
 
+@outside_graphs
 def trunc_normal_(
     tensor: torch.Tensor,
     mean: float = 0.0,
@@ -91,19 +95,22 @@ def trunc_normal_(
     a ValueError, as in `gpuinit.truncated_normal`. References: `torch.nn.init.trunc_normal_`.
     """
     check(tensor)
+    return fill(tensor, parse_truncated(mean, std, a, b), seed, name, generator)
+
+
+def parse_truncated(mean: float, std: float, a: float, b: float) -> Normal:
+    """What trunc_normal_ draws."""
     width, centre = parse_number("std", std, least=0), parse_number("mean", mean)
     low, high = parse_number("a", a, finite=False), parse_number("b", b, finite=False)
     if low > high:
         raise ValueError(f"b must be at least a, got a {a!r} and b {b!r}")
     if width == 0 or low == high:
-        draw = parse_normal(0.0, parse_number("mean, cut at a and b,", min(max(centre, low), high)))
-    else:
-        bounds = deviations(low, centre, width, math.inf), deviations(high, centre, width, -math.inf)
-        try:
-            draw = parse_normal(width, centre, *bounds, name="std")
-        except ValueError as error:
-            raise ValueError(f"a and b must suit mean and std: in standard deviations, {error}") from None
-    return fill(tensor, draw, seed, name, generator)
+        return parse_normal(0.0, parse_number("mean, cut at a and b,", min(max(centre, low), high)))
+    bounds = deviations(low, centre, width, math.inf), deviations(high, centre, width, -math.inf)
+    try:
+        return parse_normal(width, centre, *bounds, name="std")
+    except ValueError as error:
+        raise ValueError(f"a and b must suit mean and std: in standard deviations, {error}") from None
 
 
 def deviations(bound: float, mean: float, std: float, inwards: float) -> float:
@@ -119,6 +126,7 @@ def deviations(bound: float, mean: float, std: float, inwards: float) -> float:
     return math.nextafter(nearest, inwards) if beyond else nearest
 
 
+@outside_graphs
 def xavier_uniform_(
     tensor: torch.Tensor,
     gain: float = 1.0,
@@ -134,6 +142,7 @@ def xavier_uniform_(
     return fill(tensor, uniform_of(*xavier(tensor, gain)), seed, name, generator)
 
 
+@outside_graphs
 def xavier_normal_(
     tensor: torch.Tensor,
     gain: float = 1.0,
@@ -149,6 +158,7 @@ def xavier_normal_(
     return fill(tensor, normal_of(*xavier(tensor, gain)), seed, name, generator)
 
 
+@outside_graphs
 def kaiming_uniform_(
     tensor: torch.Tensor,
     a: float = 0,
@@ -167,6 +177,7 @@ def kaiming_uniform_(
     return fill(tensor, uniform_of(*kaiming(tensor, a, mode, nonlinearity)), seed, name, generator)
 
 
+@outside_graphs
 def kaiming_normal_(
     tensor: torch.Tensor,
     a: float = 0,
@@ -203,7 +214,7 @@ def kaiming(tensor: torch.Tensor, a: float, mode: str, nonlinearity: str) -> tup
         message = f"nonlinearity and a must suit calculate_gain, got {nonlinearity!r} and {a!r}"
         raise ValueError(message) from None
     if 0 in tensor.shape:  # of any number of axes, as in torch
-        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=3)
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=4)
         return 0.0, gain
     return gain / math.sqrt(find_fans(tensor)[MODES.index(mode.lower())]), gain
 
