@@ -41,7 +41,7 @@ from gpuinit.distributions import TRUNCATED_STD, Uniform, parse_normal, parse_nu
 from gpuinit.fans import Axes
 from gpuinit.initializers import Shape, find_draw, parse_dtype
 from gpuinit.memory import empty_aligned
-from gpuinit.rules import Rule, find_rule, parse_rules, refuse_uncovered
+from gpuinit.rules import Rule, Uncovered, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import Index, as_integer, as_integers, parse_index, parse_seed, parse_shape
 
 __all__ = [
@@ -334,7 +334,13 @@ def initialize(
         initializer = find_rule(chosen, leaf, name) if is_float else None
         plan.append((name, leaf, is_float, initializer))
     if strict:
-        refuse_uncovered([name for name, _, is_float, found in plan if is_float and found is None])
+        refuse_uncovered(
+            [
+                Uncovered(name, leaf.shape)
+                for name, leaf, is_float, found in plan
+                if is_float and found is None
+            ]
+        )
     leaves = [
         leaf if initializer is None else make_leaf(initializer, leaf, key, name)
         for name, leaf, _, initializer in plan

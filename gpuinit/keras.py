@@ -17,8 +17,10 @@ nor are `get` and its relatives, which know Keras's classes.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from types import FunctionType
@@ -40,10 +42,10 @@ from keras.initializers import Constant, Ones, Zeros, constant, ones, zeros
 
 from gpuinit.distributions import TRUNCATED_STD, Draw, draw_of, parse_normal, parse_recipe, parse_uniform
 from gpuinit.fans import DEFAULT_AXES, fans
-from gpuinit.initializers import DTYPES, make, parse_dtype
+from gpuinit.initializers import DTYPES, find_draw, make, parse_dtype
 from gpuinit.memory import empty_aligned
-from gpuinit.rules import Report, Row, Rule, find_rule, parse_rules, refuse_uncovered
-from gpuinit.stream import as_integer, parse_seed, parse_shape
+from gpuinit.rules import Report, Row, Rule, Uncovered, find_rule, parse_rules, refuse_uncovered
+from gpuinit.stream import as_integer, as_integers, parse_seed, parse_shape
 
 __all__ = [
     "DEFAULT_RULES",
@@ -116,9 +118,8 @@ class VarianceScaling(Drawn, initializers.VarianceScaling):  # type: ignore[misc
     def draw(self, shape: tuple[int, ...]) -> Draw:
         """Scale, mode and fans, by the core's rule."""
         if self.input_axes is not None and self.output_axes is not None:
-            fan_in, fan_out = (
-                prod(shape[axis] for axis in axes) for axes in (self.input_axes, self.output_axes)
-            )
+            fan_in = size_of(shape, "input_axes", self.input_axes)
+            fan_out = size_of(shape, "output_axes", self.output_axes)
         else:
             fan_in, fan_out = fans(shape, *DEFAULT_AXES)
         return draw_of(parse_recipe(self.scale, self.mode, self.distribution), fan_in, fan_out)
@@ -191,6 +192,15 @@ random_normal = RandomNormal
 random_uniform = RandomUniform
 truncated_normal = TruncatedNormal
 variance_scaling = VarianceScaling
+
+
+def size_of(shape: tuple[int, ...], argument: str, axes: Any) -> int:
+    """Product of the lengths of these axes."""
+    wanted = f"{argument} must be axes in [-{len(shape)}, {len(shape)}) for shape {shape}"
+    found = as_integers(axes, wanted)
+    if not all(-len(shape) <= axis < len(shape) for axis in found):
+        raise ValueError(f"{wanted}, got {axes!r}")
+    return prod(shape[axis] for axis in found)
 
 
 def seed_of(seed: Any) -> Any:
@@ -287,6 +297,8 @@ NORMS = (
     *(layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization),
     layers.RMSNormalization,
 )
+EMBEDDINGS = ("embeddings", "reverse_embeddings")
+CELLS = (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 
 
 def he_normal_of(layer: Any) -> HeNormal:
@@ -304,6 +316,41 @@ def he_normal_of(layer: Any) -> HeNormal:
     return HeNormal()
 
 
+def glorot_uniform_of_gate(kernel: str) -> Callable[[Any], RandomUniform]:
+    """Glorot uniform for a kernel (*field, inputs, gates * units) of a cell, with the fans of one gate.
+
+        limit = sqrt(6 / (field * (inputs + units)))
+
+    The gates stand side by side for speed alone; Keras counts the outputs of all as fan_out. For a recurrent
+    kernel, inputs = units, the variance is 1 / (field * units), without a field that of the elements of an
+    orthogonal matrix. Keras draws one of those over all gates, by a QR decomposition, whose bits differ
+    between devices.
+    """
+
+    def of_cell(cell: Any) -> RandomUniform:
+        *field, inputs, _ = getattr(cell, kernel).shape
+        units = cell.units if isinstance(cell, CELLS) else cell.filters
+        limit = math.sqrt(6 / (prod(field) * (inputs + units)))
+        return RandomUniform(-limit, limit)
+
+    return of_cell
+
+
+def bias_of_cell(cell: Any) -> Zeros | Constant:
+    """0, but 1 in the forget gate, the second of four, of an LSTM with unit_forget_bias, as in Keras."""
+    if not getattr(cell, "unit_forget_bias", False):
+        return Zeros()
+    return Constant(np.repeat(np.array([0, 1, 0, 0], np.float32), cell.bias.shape[0] // 4))
+
+
+def cells_own(*names: str) -> Callable[[Any, str], bool]:
+    """True for variables of recurrent cells. Keras does not export ConvLSTMCell."""
+    return lambda layer, path: (
+        path.rpartition("/")[2] in names
+        and (isinstance(layer, CELLS) or any(base.__name__ == "ConvLSTMCell" for base in type(layer).__mro__))
+    )
+
+
 def variable_of(types: Any, *names: str) -> Callable[[Any, str], bool]:
     """True for variables of these layers that have one of these names of their own."""
     return lambda layer, path: isinstance(layer, types) and path.rpartition("/")[2] in names
@@ -313,10 +360,18 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     (variable_of(SEPARABLE, "pointwise_kernel"), HeNormal()),
     (variable_of(KERNELS, "kernel", "depthwise_kernel"), he_normal_of),
     (variable_of(KERNELS, "bias"), "zeros"),
-    (variable_of(NORMS, "gamma", "scale", "moving_variance"), "ones"),
-    (variable_of(NORMS, "beta", "moving_mean"), "zeros"),
+    (cells_own("kernel"), glorot_uniform_of_gate("kernel")),
+    (cells_own("recurrent_kernel"), glorot_uniform_of_gate("recurrent_kernel")),
+    (cells_own("bias"), bias_of_cell),
+    (variable_of(NORMS, "gamma", "scale", "moving_variance", "moving_stddev", "renorm_stddev"), "ones"),
+    (variable_of(NORMS, "beta", "moving_mean", "renorm_mean"), "zeros"),
     # 0.02 is the standard deviation of the weights, after truncation.
-    (variable_of(layers.Embedding, "embeddings"), TruncatedNormal(stddev=0.02 / TRUNCATED_STD)),
+    (variable_of(layers.Embedding, *EMBEDDINGS), TruncatedNormal(stddev=0.02 / TRUNCATED_STD)),
+    # As Keras has them; an AdditiveAttention is an Attention too.
+    (variable_of(layers.PReLU, "alpha"), "zeros"),
+    (variable_of(layers.AdditiveAttention, "scale"), GlorotUniform()),
+    (variable_of(layers.Attention, "scale", "concat_score_weight"), "ones"),
+    (variable_of(layers.SpectralNormalization, "vector_u"), TruncatedNormal(stddev=0.02)),
 )
 
 
@@ -336,8 +391,12 @@ def initialize(
         Dense, EinsumDense, Conv, ...   kernel He-normal, bias 0
         DepthwiseConv, SeparableConv,   the same, with the fans that
         ConvTranspose                   these have; Keras's are wrong
+        LSTM, GRU, SimpleRNN, ConvLSTM  both kernels Glorot uniform with the fans of one gate (Keras: of
+                                        all, and orthogonal); bias 0, of an LSTM's forget gate 1
         BatchNormalization, ...         gamma 1, beta 0, moving statistics 0 and 1
         Embedding                       truncated normal, standard deviation 0.02
+        PReLU, Attention                alpha 0; scale 1, of an AdditiveAttention Glorot uniform
+        SpectralNormalization           vector_u truncated normal, as in Keras
 
     Args:
         model: A built `keras.Model` or layer.
@@ -354,7 +413,9 @@ def initialize(
         A row for every weight: path, shape, dtype, rule and standard deviation; `print` shows a table.
 
     Raises:
-        ValueError: No rule covers a trainable weight, and strict. Nothing is written then.
+        ValueError: No rule covers a trainable weight, and strict.
+        TypeError, ValueError: An initialiser of this module cannot draw a weight, or what a rule has is none.
+            Nothing is written in either case; only one from elsewhere that fails does so when called.
     """
     if not isinstance(model, keras.Layer):
         raise TypeError(f"model must be a keras.Model or keras.Layer, got {type(model).__name__}")
@@ -365,37 +426,58 @@ def initialize(
     key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
     chosen = parse_rules(DEFAULT_RULES if rules is None else rules)
     owners = {}
-    for layer in model._flatten_layers():  # parents first, so that the innermost stays
+    # Parents first, so that the innermost stays, wherever a layer that is shared was met first.
+    for layer in sorted(model._flatten_layers(), key=lambda layer: -len(layer._flatten_layers())):
         owners.update({id(variable): layer for variable in layer.weights})
-    plan = []
-    for variable in model.weights:
-        owner = owners[id(variable)]
-        initializer = find_rule(chosen, owner, variable.path)
+    plan = [(variable, *choose(chosen, owners[id(variable)], variable, key)) for variable in model.weights]
+    if strict:
+        refuse_uncovered(
+            [
+                Uncovered(variable.path, row.shape, type(owners[id(variable)]).__name__)
+                for variable, initializer, row in plan
+                if initializer is None and variable.trainable
+            ]
+        )
+    for variable, initializer, row in plan:
+        fill(variable, initializer, row, key)
+    return Report([row for _, _, row in plan])
+
+
+@contextmanager
+def noting(variable: Any) -> Iterator[None]:
+    """An error says which variable it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This is variable {variable.path}.")
+        raise
+
+
+def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any, Row]:
+    """The initialiser of one variable, or None, and its row. What can be checked is, and nothing is made."""
+    shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
+    std = None
+    with noting(variable):
+        initializer = find_rule(rules, owner, variable.path)
         if isinstance(initializer, FunctionType):
             initializer = initializer(owner)
-        plan.append((variable, None if initializer is None else initializers.get(initializer)))
-    if strict:
-        refuse_uncovered([v.path for v, initializer in plan if initializer is None and v.trainable])
-    return Report([apply(initializer, variable, key) for variable, initializer in plan])
+        initializer = initializers.get(initializer)
+        if isinstance(initializer, Drawn):
+            draw = initializer.draw(shape)
+            std = find_draw(make, shape, draw=draw, seed=key, name=variable.path, dtype=dtype).std()
+        elif isinstance(initializer, Zeros | Ones | Constant):
+            std = 0.0
+    rule = "-" if initializer is None else type(initializer).__name__
+    written = "not written" if initializer is None else "whole"
+    return initializer, Row(variable.path, shape, dtype, rule, std, written)
 
 
-def apply(initializer: Any, variable: Any, key: int) -> Row:
-    shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
-    rule, std = "-", None
-    if initializer is not None:
-        rule = type(initializer).__name__
-        try:
-            if isinstance(initializer, Drawn):
-                layout = None
-                if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:
-                    layout = variable.value.sharding
-                variable.assign(initializer.named(shape, dtype, layout, key, variable.path))
-                std = initializer.draw(shape).std()
-            else:
-                variable.assign(initializer(shape, dtype))
-                if isinstance(initializer, Zeros | Ones | Constant):
-                    std = 0.0
-        except Exception as error:
-            error.add_note(f"This is variable {variable.path}.")
-            raise
-    return Row(variable.path, shape, dtype, rule, std)
+def fill(variable: Any, initializer: Any, row: Row, key: int) -> None:
+    with noting(variable):
+        if isinstance(initializer, Drawn):
+            layout = None
+            if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:
+                layout = variable.value.sharding
+            variable.assign(initializer.named(row.shape, row.dtype, layout, key, row.name))
+        elif initializer is not None:
+            variable.assign(initializer(row.shape, row.dtype))

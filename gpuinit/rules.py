@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from math import prod
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 Pattern = str | Callable[[Any, str], bool]
 Rule = tuple[Pattern, Any]
 
 TABLE_WIDTH = 80
+
+# What the error for uncovered parameters shows: names where there are few, else kinds of them.
+NAMES_SHOWN = 5
+GROUPS_SHOWN = 4
+NAME_WIDTH = 18
 
 WANTED = "rules must be None or a sequence of pairs (glob or function, initialiser), got "
 
@@ -23,35 +30,50 @@ class Row(NamedTuple):
     dtype: str
     rule: str  # the initialiser; "-" for a parameter that was left alone
     std: float | None  # of the distribution drawn from; None for an initialiser that is not gpuinit's
+    written: str = "whole"  # or "part", "frozen", "not written", "meta, not written"
 
 
-class Report(tuple[Row, ...]):
-    """The rows in the order of the model. `print(report)` shows a table of 80 columns."""
+class Report(list[Row]):
+    """The rows in the order of the model, and notes on it. `print(report)` shows a table of 80 columns."""
 
-    __slots__ = ()
+    def __init__(self, rows: Iterable[Row] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(rows)
+        self.notes = list(notes)
 
     def __str__(self) -> str:
-        rows = [("name", "shape", "dtype", "rule", "std")]
+        rows: list[tuple[str, ...]] = [("name", "shape", "dtype", "rule", "std", "written")]
         for row in self:
             std = "-" if row.std is None else f"{row.std:.4g}"
             shape = "x".join(map(str, row.shape)) or "()"
             rule = row.rule.partition("(")[0]  # without arguments
-            rows.append((row.name, shape, row.dtype, rule, std))
+            rows.append((row.name, shape, row.dtype, rule, std, row.written.partition(",")[0]))
+        if all(row.written == "whole" for row in self):
+            rows = [cells[:-1] for cells in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for column, least in ((3, 20), (0, 12)):  # the rule gives way first, then the name
-            excess = sum(widths) + 2 * 4 - TABLE_WIDTH
+        numbers = max(len(cells[3].partition(" ")[2]) for cells in rows)
+        # The rule gives way first, but for its numbers, then the name, then whatever is left.
+        for column, least in ((3, max(20, 5 + numbers)), (0, 12), (1, 10), (3, 12)):
+            excess = sum(widths) + 2 * (len(widths) - 1) - TABLE_WIDTH
             widths[column] -= max(0, min(excess, widths[column] - least))
         lines = []
-        for name, shape, dtype, rule, std in rows:
-            cells = (shorten(name[::-1], widths[0])[::-1], shape, dtype, shorten(rule, widths[3]), std)
+        for name, shape, dtype, rule, *rest in rows:
+            name, shape = shorten(name[::-1], widths[0])[::-1], shorten(shape, widths[1])
+            cells = (name, shape, dtype, shorten_rule(rule, widths[3]), *rest)
             line = "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
             lines.append(line.rstrip())
         elements = sum(prod(row.shape) for row in self)
-        return "\n".join([*lines, f"{len(self)} parameters, {elements:,} elements"])
+        lines.append(f"{len(self)} parameters, {elements:,} elements")
+        return "\n".join([*lines, *(line for note in self.notes for line in wrap(note, TABLE_WIDTH))])
 
 
 def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def shorten_rule(rule: str, width: int) -> str:
+    """Its name gives way first: "trunc... std=0.02"."""
+    name, space, numbers = rule.partition(" ")
+    return shorten(shorten(name, max(4, width - len(space + numbers))) + space + numbers, width)
 
 
 def parse_rules(rules: Sequence[Rule]) -> list[Rule]:
@@ -75,9 +97,54 @@ def find_rule(rules: list[Rule], owner: Any, name: str) -> Any:
     return None
 
 
-def refuse_uncovered(names: Sequence[str]) -> None:
-    if names:
-        raise ValueError(
-            "rules must cover every parameter; add a pair (pattern, initialiser), or pass strict=False to "
-            f"leave them alone, got none for {', '.join(names)}"
-        )
+class Uncovered(NamedTuple):
+    """A parameter that no rule covers."""
+
+    name: str
+    shape: tuple[int, ...]
+    owner: str = ""  # the class of what owns it
+    initializer: str = "initialiser"  # as a rule for it may have it
+
+
+def refuse_uncovered(
+    uncovered: Sequence[Uncovered], wanted: str = "rules must cover every parameter"
+) -> None:
+    if not uncovered:
+        return
+    groups: dict[tuple[str, int], list[Uncovered]] = {}
+    for parameter in uncovered:
+        own_name = parameter.name.replace("/", ".").rpartition(".")[2]
+        title = f"{parameter.owner}.{own_name}".removeprefix(".")
+        groups.setdefault((title, len(parameter.shape)), []).append(parameter)
+    names = [parameter.name for parameter in uncovered]
+    shown = sorted(groups.items(), key=lambda item: len(item[1]), reverse=True)[:GROUPS_SHOWN]
+    globs = {find_glob(group, names): group for _, group in shown}
+    # What fits others too comes last, as the first that fits is taken.
+    fits = {glob: sum(fnmatchcase(name, glob) for name in names) for glob in globs}
+    order = sorted(globs, key=lambda glob: fits[glob] > len(globs[glob]))
+    pairs = [f'("{glob}", {globs[glob][0].initializer})' for glob in order]
+    if len(names) <= NAMES_SHOWN:
+        listing = ", ".join(names)
+    else:
+        lines = [
+            f"{title} {group[0].shape}: {len(group)}, e.g. {shorten(group[0].name, NAME_WIDTH)}"
+            for (title, _), group in shown
+        ]
+        left = len(names) - sum(len(group) for _, group in shown)
+        lines += [f"and {left} more"] if left else []
+        listing = "\n".join([f"{len(names)} parameters:", *lines])
+    raise ValueError(
+        f"rules must cover every parameter; append [{', '.join(pairs)}], or pass strict=False to "
+        f"skip them, got none for {listing}"
+    )
+
+
+def find_glob(group: Sequence[Uncovered], names: Sequence[str]) -> str:
+    """A short pattern that fits the names of a group and, where there is one, no others of these."""
+    wanted = {parameter.name for parameter in group}
+    ends = zip(*(name[::-1] for name in wanted), strict=False)
+    end = "".join(letter for letter, *_ in takewhile(lambda letters: len({*letters}) == 1, ends))[::-1]
+    starts = [place for place in reversed(range(len(end))) if end[place] in "./"]
+    globs = [*(f"*{end[start:]}" for start in starts), end if wanted == {end} else f"*{end}"]
+    others = set(names) - wanted
+    return next((glob for glob in globs if not any(fnmatchcase(name, glob) for name in others)), globs[-1])

@@ -257,6 +257,24 @@ def small_model():
     )
 
 
+class Own(keras.layers.Layer):
+    """A layer that the default rules do not know, with a variable that is not of floating point."""
+
+    def build(self, _):
+        self.own = self.add_weight(shape=(2, 3), name="own")
+        self.steps = self.add_weight(shape=(4,), dtype="int8", trainable=False, name="steps")
+
+
+def contents(layer):
+    return [as_numpy(weight.value).tobytes() for weight in layer.weights]
+
+
+def soil(layer):
+    """No value of it is one that a rule gives."""
+    for weight in layer.weights:
+        weight.assign(np.full(weight.shape, 7))
+
+
 def whole_model():
     model = small_model()
     report = gpuinit.keras.initialize(model, seed=5)
@@ -304,17 +322,175 @@ def whole_model():
     check(table.embeddings.value, gpuinit.he_uniform, (30, 20), seed=5, name=table.embeddings.path)
     assert row.rule == "HeUniform"
 
-    lstm = keras.layers.LSTM(3, name="lstm")
-    lstm.build((None, 5, 2))
-    before = [as_numpy(weight.value).copy() for weight in lstm.weights]
-    raises(ValueError, "got none for ", gpuinit.keras.initialize, lstm)
-    rows = gpuinit.keras.initialize(lstm, strict=False)
+    own = Own()
+    own.build((None, 2))
+    before = contents(own)
+    raises(ValueError, "got none for ", gpuinit.keras.initialize, own)
+    rows = gpuinit.keras.initialize(own, strict=False)
     assert {(row.rule, row.std) for row in rows} == {("-", None)}
-    assert all((a == as_numpy(w.value)).all() for a, w in zip(before, lstm.weights, strict=True))
-    (row, *_) = gpuinit.keras.initialize(lstm, rules=[("*", "ones")])
-    assert row[3:] == ("Ones", 0.0)
+    assert contents(own) == before
+    row, _ = gpuinit.keras.initialize(own, rules=[("*", "ones")])
+    assert (row.rule, row.std) == ("Ones", 0.0)
     raises(ValueError, "model must be built", gpuinit.keras.initialize, keras.layers.Dense(3))
     raises(TypeError, "got int", gpuinit.keras.initialize, 3)
+
+
+def recurrent():
+    """Glorot uniform with the fans of one gate, biases 0 or 1, under every wrapper, key by key."""
+    layers = keras.layers
+    sequence = (None, 5, 6)
+    no_qr = {"recurrent_initializer": "zeros"}  # of which NumPy has none for 16 bits
+    built = {}
+    for name, layer, shape in (
+        ("lstm", layers.LSTM(3), sequence),
+        ("plain", layers.LSTM(3, unit_forget_bias=False), sequence),
+        ("no bias", layers.LSTM(3, use_bias=False), sequence),
+        ("cell", layers.LSTMCell(3, name="lstm_cell"), (None, 6)),
+        ("gru", layers.GRU(3), sequence),
+        ("reset before", layers.GRU(3, reset_after=False), sequence),
+        ("float16", layers.GRU(3, dtype="float16", **no_qr), sequence),
+        ("bfloat16", layers.LSTM(3, dtype="bfloat16", **no_qr), sequence),
+        ("simple", layers.SimpleRNN(3), sequence),
+        ("stacked", layers.RNN([layers.LSTMCell(3), layers.GRUCell(4)]), sequence),
+        ("both", layers.Bidirectional(layers.LSTM(3)), sequence),
+        ("distributed", layers.TimeDistributed(layers.LSTM(3)), (None, 2, 5, 6)),
+        ("conv 1", layers.ConvLSTM1D(3, 2), (None, 5, 8, 2)),
+        ("conv 2", layers.ConvLSTM2D(3, 2), (None, 5, 8, 8, 2)),
+        ("conv 3", layers.ConvLSTM3D(3, 2), (None, 5, 4, 4, 4, 2)),
+    ):
+        built[name] = layer
+        layer.build(shape)
+        soil(layer)
+        report = gpuinit.keras.initialize(layer, 5)
+        for variable, row in zip(layer.weights, report, strict=True):
+            *_, cell, own = variable.path.split("/")
+            gates = next(n for word, n in GATES.items() if word in cell)
+            *field, inputs, width = (1, *variable.shape)
+            units = width // gates
+            if own != "bias":
+                limit = (6 / (np.prod(field) * (inputs + units))) ** 0.5
+                arguments = {"limit": limit, "seed": 5, "name": variable.path, "dtype": row.dtype}
+                check(variable.value, gpuinit.uniform, variable.shape, **arguments)
+                assert abs(row.std / (limit / 3**0.5) - 1) < 1e-12
+                continue
+            assert row.std == 0
+            forget = 1.0 if gates == 4 and name != "plain" else 0.0
+            expected = np.repeat([0, forget, 0, 0] if gates == 4 else [0] * gates, units)
+            found = as_numpy(variable.value)
+            assert (found.astype(float) == np.broadcast_to(expected, found.shape)).all(), variable.path
+    assert [row.shape for row in gpuinit.keras.initialize(built["gru"])] == [(6, 9), (3, 9), (2, 9)]
+    assert len(built["no bias"].weights) == 2
+    assert [len(built[name].weights) for name in ("stacked", "both")] == [6, 6]
+    for name, limits in {  # by hand: 6 inputs, 3 units; 2 channels, 3 filters, a field of 4
+        "lstm": ((6 / (6 + 3)) ** 0.5, (6 / (3 + 3)) ** 0.5),
+        "simple": ((6 / (6 + 3)) ** 0.5, (6 / (3 + 3)) ** 0.5),
+        "conv 2": ((6 / (4 * (2 + 3))) ** 0.5, (6 / (4 * (3 + 3))) ** 0.5),
+    }.items():
+        for row, limit in zip(gpuinit.keras.initialize(built[name]), limits, strict=False):
+            assert abs(row.std * 3**0.5 / limit - 1) < 1e-12
+    wide = layers.LSTM(64)
+    wide.build((None, 5, 32))
+    gpuinit.keras.initialize(wide)
+    kernel = np.abs(as_numpy(wide.cell.kernel.value))
+    assert 0.999 * 0.25 < kernel.max() <= 0.25  # sqrt(6 / 96)
+
+
+GATES = {"lstm": 4, "gru": 3, "simple_rnn": 1}
+
+
+def other_layers():
+    """The rest of Keras's own, and what is shared between a model and one inside it."""
+    layers = keras.layers
+    sequence = (None, 5, 6)
+    values = {}
+    for layer, shape in (
+        (layers.PReLU(name="prelu"), sequence),
+        (layers.Attention(True, "concat", name="attention"), [sequence, sequence]),
+        (layers.BatchNormalization(renorm=True, name="norm"), sequence),
+    ):
+        layer.build(shape)
+        soil(layer)
+        for row, weight in zip(gpuinit.keras.initialize(layer), layer.weights, strict=True):
+            (values[row.name],) = set(as_numpy(weight.value).ravel().tolist())
+            assert row.std == 0
+    assert values == {
+        "prelu/alpha": 0,
+        **{f"attention/{name}": 1 for name in ("scale", "concat_score_weight")},
+        **{f"norm/{name}": 1 for name in ("gamma", "moving_variance", "moving_stddev", "renorm_stddev")},
+        **{f"norm/{name}": 0 for name in ("beta", "moving_mean", "renorm_mean")},
+    }
+
+    additive = layers.AdditiveAttention()
+    additive.build([sequence, sequence])
+    gpuinit.keras.initialize(additive, 5)
+    check(additive.scale.value, gpuinit.glorot_uniform, (6,), seed=5, name=additive.scale.path)
+
+    table = layers.ReversibleEmbedding(30, 20, tie_weights=False)
+    table.build()
+    rows = gpuinit.keras.initialize(table, 5)
+    assert [(row.name.rpartition("/")[2], row.std) for row in rows] == [
+        ("embeddings", 0.02),
+        ("reverse_embeddings", 0.02),
+    ]
+
+    spectral = layers.SpectralNormalization(layers.Dense(3))
+    spectral.build((None, 6))
+    gpuinit.keras.initialize(spectral, 5)
+    kernel, vector = spectral.layer.kernel, spectral.vector_u
+    check(kernel.value, gpuinit.he_normal, (6, 3), seed=5, name=kernel.path)
+    check(vector.value, gpuinit.truncated_normal, (1, 3), stddev=0.02, seed=5, name=vector.path)
+
+    shared = layers.Dense(6)
+    ends = keras.Input((6,))
+    inner = keras.Sequential([ends, shared, layers.Dense(6)], name="inner")
+    outer = keras.Model(ends, inner(shared(ends)))
+    assert len(gpuinit.keras.initialize(outer, 5)) == 4  # where the shared layer is met before the inner one
+    check(shared.kernel.value, gpuinit.he_normal, (6, 6), seed=5, name=shared.kernel.path)
+
+
+def checked_before():
+    """What cannot be drawn is refused before anything is written, and the error says which variable."""
+    layers = keras.layers
+    half = layers.Dense(3, dtype="float16", name="half")
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="first"), half, Own(name="own")])
+    soil(model)
+    before = contents(model)
+    normal = gpuinit.keras.RandomNormal
+
+    def failing(layer):
+        raise KeyError(layer.name)
+
+    for kind, message, pattern, initializer in (
+        (
+            ValueError,
+            "dtype must be one of float32, float16, bfloat16, float64, got 'int8'",
+            "*steps",
+            normal(),
+        ),
+        (ValueError, "stddev 100000.0", "*half/kernel", normal(stddev=1e5)),
+        (ValueError, "stddev must be", "*half/kernel", normal(stddev=-1)),
+        (ValueError, "got (0, 2)", "*half/kernel", gpuinit.keras.HeNormal(1, (0, 2), (1,))),
+        (ValueError, "nonsense", "*own/own", "nonsense"),
+        (ValueError, "3.5", "*own/own", 3.5),
+        (KeyError, "half", "*half/bias", failing),
+        (ValueError, "got none for ", "*own/own", None),
+    ):
+        rules = [(pattern, initializer), ("*own/own", "zeros"), *gpuinit.keras.DEFAULT_RULES]
+        with pytest.raises(kind, match=re.escape(message)) as caught:
+            gpuinit.keras.initialize(model, 5, rules)
+        assert contents(model) == before, message
+        if initializer is not None:
+            (note,) = caught.value.__notes__
+            assert note.endswith(pattern[1:] + ".")
+    raises(
+        TypeError,
+        "input_axes must be axes in [-2, 2) for shape",
+        gpuinit.keras.HeNormal(1, "x", (1,)),
+        (2, 3),
+    )
+    for axes in ((2,), [-3]):
+        message = f"output_axes must be axes in [-2, 2) for shape (2, 3), got {axes}"
+        raises(ValueError, message, gpuinit.keras.HeNormal(1, (0,), axes), (2, 3))
 
 
 def memory():
@@ -384,6 +560,7 @@ def elsewhere():
     check(jax.jit(traced)(init.seed.state.value), gpuinit.he_normal, (12, 16), seed=6)
 
 
-for test in (memory, bits, draws, meaning, seeds, configurations, fans, saved_model, whole_model, elsewhere):
+MODELS = (saved_model, whole_model, recurrent, other_layers, checked_before)
+for test in (memory, bits, draws, meaning, seeds, configurations, fans, *MODELS, elsewhere):
     test()
 print("equal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch_devices import tobytes  # noqa: E402
 
 import gpuinit.torch as gt  # noqa: E402
 from gpuinit.distributions import TRUNCATED_STD  # noqa: E402
+from gpuinit.rules import Uncovered, refuse_uncovered  # noqa: E402
 
 
 class Net(nn.Module):
@@ -29,6 +31,15 @@ class Net(nn.Module):
             layers = {"zero": lambda: nn.Linear(8, 8)} | layers
         for name in reversed(layers) if backwards else layers:
             self.add_module(name, layers[name]())
+
+
+class Own(nn.Module):
+    """A module that the default rules do not know, with parameters of these shapes."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
 
 def weights(model):
@@ -289,7 +300,8 @@ def test_the_std_of_the_uniform_distribution():
 
 
 def test_what_no_rule_covers_is_an_error_before_anything_is_written():
-    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.LSTM(3, 4))
+    own = Own(weight_ih_l0=(16, 3), weight_hh_l0=(16, 4), bias_ih_l0=16, bias_hh_l0=16)
+    model = nn.Sequential(nn.Linear(4, 4), Own(weight=1), own)
     before = weights(model)
     with pytest.raises(
         ValueError,
@@ -298,7 +310,7 @@ def test_what_no_rule_covers_is_an_error_before_anything_is_written():
         gt.initialize_(model)
     assert weights(model) == before
     report = gt.initialize_(model, strict=False)
-    assert report[2] == gt.Row("1.weight", (1,), "float32", "-", None)
+    assert report[2] == gt.Row("1.weight", (1,), "float32", "-", None, "not written")
     after = weights(model)
     assert {name for name in after if after[name] != before[name]} == {"0.weight", "0.bias"}
 
@@ -332,6 +344,365 @@ def test_flattened_parameters_are_refused():
         gt.initialize_(nn.Sequential(nn.Linear(3, 3), flat))
 
 
+# Frozen parameters
+
+
+def filled_with(module, value, *, frozen=True):
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.fill_(value)
+    return module.requires_grad_(not frozen)
+
+
+FROZEN = {
+    "table": lambda: nn.Embedding(6, 4, padding_idx=2),
+    "linear": lambda: nn.Linear(4, 4),
+    "norm": lambda: nn.LayerNorm(4),
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "stack": lambda: Own(weight=(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        None,
+        list(gt.DEFAULT_RULES),
+        [("1.*", nn.init.ones_), *gt.DEFAULT_RULES],
+        [("*", gt.he_normal_)],
+        [("1.*", nn.init.ones_), *gt.DEFAULT_RULES, ("*", nn.init.ones_)],
+    ],
+)
+def test_what_is_frozen_is_left_alone(make, rules):
+    model = nn.Sequential(filled_with(make(), 7), nn.Linear(4, 4))
+    report = gt.initialize_(model, rules=rules)
+    assert all((tensor == 7).all() for tensor in model[0].state_dict().values())
+    assert {row[3:] for row in report if row.name.startswith("0.")} == {("-", None, "frozen")}
+    assert {row.written for row in report if row.name.startswith("1.")} == {"whole"}
+
+
+@pytest.mark.parametrize("pattern", ["0.*", "*weight", lambda module, name: name == "0.weight", "**"])
+def test_a_rule_of_the_callers_reaches_what_is_frozen(pattern):
+    model = nn.Sequential(filled_with(nn.Embedding(6, 4, padding_idx=2), 7))
+    (row,) = gt.initialize_(model, rules=[(pattern, nn.init.ones_), *gt.DEFAULT_RULES])
+    assert row[3:] == ("ones_", 0, "whole")
+    assert model[0].weight.sum(1).tolist() == [4, 4, 0, 4, 4, 4]
+
+
+def test_the_first_rule_that_fits_is_taken_for_what_is_frozen_too():
+    model = filled_with(nn.Linear(4, 4), 7)
+    report = gt.initialize_(model, rules=[("*", nn.init.ones_), ("*weight", nn.init.ones_)])
+    assert [row.written for row in report] == ["frozen", "frozen"]
+    assert (model.weight == 7).all()
+
+
+def test_what_is_frozen_need_not_be_covered_nor_drawable():
+    model = nn.Sequential(nn.Linear(4, 4), Own(weight=3))
+    model[1].weight = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    assert gt.initialize_(model)[2] == gt.Row("1.weight", (3,), "int8", "-", None, "frozen")
+    assert model[1].weight.tolist() == [1, 1, 1]
+
+
+def test_running_statistics_are_kept_where_all_of_a_batch_norm_is_frozen():
+    def mean(norm, rules=None):
+        gt.initialize_(norm, rules=rules)
+        return norm.running_mean.tolist()
+
+    assert mean(filled_with(nn.BatchNorm1d(1), 7)) == [7]
+    assert mean(filled_with(nn.BatchNorm1d(1), 7), [("weight", nn.init.ones_)]) == [0]
+    assert mean(filled_with(nn.BatchNorm1d(1), 7, frozen=False)) == [0]
+    assert mean(filled_with(nn.BatchNorm1d(1, affine=False), 7)) == [0]
+    half = filled_with(nn.BatchNorm1d(1), 7)
+    half.weight.requires_grad_(True)
+    assert mean(half) == [0]
+
+
+def test_the_vectors_of_a_spectral_norm_are_found_where_only_its_bias_is_frozen():
+    found = []
+    for seed, frozen in ((0, False), (1, True)):
+        torch.manual_seed(seed)
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+        layer.bias.requires_grad_(not frozen)
+        gt.initialize_(layer)
+        found.append([tobytes(buffer) for buffer in layer.buffers()])
+    assert found[0] == found[1]
+
+
+# Fans of what is no convolution's kernel
+
+
+def shaped(*shape):
+    return nn.Sequential(nn.Linear(2, 2, bias=False), Own(weight=shape))
+
+
+def kept(function, **words):
+    """A partial that another does not flatten."""
+    made = partial(function, **words)
+    made.label = "kept"
+    assert partial(made).func is made
+    return made
+
+
+OURS = [
+    getattr(gt, name) for name in gt.__all__ if name.startswith(("he_", "glorot_", "lecun_", "variance_"))
+]
+OTHERS = [
+    getattr(module, name)
+    for module in (nn.init, gt.init)
+    for name in ("kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_")
+]
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 64), (2, 4, 16, 64)])
+@pytest.mark.parametrize(
+    "initializer",
+    [*OURS, *OTHERS, partial(gt.variance_scaling_, scale=2.0), partial(kept(gt.he_normal_), seed=3)],
+)
+def test_a_stack_needs_axes_and_the_error_names_them(initializer, shape):
+    model = shaped(*shape)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"^rules must name the axes .*, got \w+_ for shape \(") as raised:
+        gt.initialize_(model, rules=[("*", initializer)])
+    assert raised.value.__notes__ == ["This is parameter 1.weight, of a Own."]
+    assert weights(model) == before
+    remedies = re.findall(r"(partial\(.*?out_axis=\d\)) for (?:a stack|one) of \((\w+), ", str(raised.value))
+    assert [first for _, first in remedies] == ["out", "in"]
+    for remedy, first in remedies:
+        fixed = eval(remedy, vars(gt) | {"partial": partial})
+        report = gt.initialize_(shaped(*shape), rules=[("1.*", fixed), *gt.DEFAULT_RULES])
+        matrix = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(64, 16, bias=False))
+        words = {**fixed.keywords, "in_axis": 1, "out_axis": 0, "batch_axis": ()}
+        if first == "in":
+            words |= {"in_axis": 0, "out_axis": 1}
+        expected = gt.initialize_(matrix, rules=[("1.*", partial(fixed.func, **words)), *gt.DEFAULT_RULES])
+        assert report[1].std == expected[1].std
+
+
+def test_the_error_keeps_the_arguments_of_a_rule_but_not_those_of_torchs():
+    rule = partial(partial(gt.variance_scaling_, scale=2.0), mode="fan_out")
+    with pytest.raises(
+        ValueError, match=r"partial\(variance_scaling_, scale=2\.0, mode='fan_out', batch_axis=0, "
+    ):
+        gt.initialize_(shaped(2, 3, 4), rules=[("*", rule)])
+    with pytest.raises(ValueError, match=r"partial\(he_normal_, batch_axis=0, .*got kaiming_normal_ for "):
+        gt.initialize_(shaped(2, 3, 4), rules=[("*", partial(nn.init.kaiming_normal_, nonlinearity="relu"))])
+
+
+@pytest.mark.parametrize("axes", [{"in_axis": 2}, {"in_axis": 1, "out_axis": 0}, {"batch_axis": 2}])
+def test_any_axis_that_is_named_is_taken(axes):
+    made = gt.he_normal_(torch.empty(2, 3, 4), seed=1, name="weight", **axes)
+    for rule in (partial(gt.he_normal_, seed=1, **axes), partial(kept(gt.he_normal_, seed=1, **axes))):
+        model = Own(weight=(2, 3, 4))
+        gt.initialize_(model, rules=[("*", rule)])
+        assert tobytes(model.weight) == tobytes(made)
+
+
+class Derived(nn.Conv2d):
+    """A convolution of the user's own."""
+
+
+@pytest.mark.parametrize("initializer", [gt.he_normal_, gt.init.kaiming_normal_, nn.init.kaiming_normal_])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv1d(3, 4, 2, bias=False),
+        lambda: Derived(3, 4, 2, bias=False),
+        lambda: nn.ConvTranspose3d(3, 4, 2, bias=False),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 2, bias=False)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 2, bias=False)),
+    ],
+)
+def test_convolutions_need_no_axes(make, initializer):
+    report = gt.initialize_(nn.Sequential(make()), rules=[("*", initializer)])
+    assert {row.written for row in report} == {"whole"}
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
+def test_what_has_at_most_two_axes_needs_none(shape):
+    (row,) = gt.initialize_(Own(weight=shape), rules=[("*", gt.he_normal_)])
+    assert row.written == "whole"
+
+
+@pytest.mark.parametrize("initializer", [gt.normal_, gt.truncated_normal_, gt.uniform_, nn.init.zeros_])
+def test_what_has_no_fans_needs_no_axes(initializer):
+    (row,) = gt.initialize_(Own(weight=(2, 3, 4)), rules=[("*", initializer)])
+    assert row.written == "whole"
+
+
+def test_a_function_is_given_the_layer_of_what_is_parametrised():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    seen = {}
+    gt.initialize_(layer, rules=[(lambda module, name: seen.update({name: module}) is None, nn.init.ones_)])
+    names = ["bias", "parametrizations.weight.original0", "parametrizations.weight.original1"]
+    assert seen == dict.fromkeys(names, layer)
+
+
+# All or nothing
+
+
+def with_last(weight, initializer=gt.he_normal_):
+    """A model whose last parameter is this, and rules by which it comes last."""
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Embedding(5, 4, padding_idx=1), Own(weight=1)
+    )
+    model[3].weight = weight
+    return model, [("3.*", initializer), *gt.DEFAULT_RULES]
+
+
+def of(dtype, **words):
+    return nn.Parameter(torch.zeros(3, 4, dtype=dtype), **words)
+
+
+@pytest.mark.parametrize(
+    ("weight", "initializer", "message"),
+    [
+        (lambda: of(torch.int8, requires_grad=False), gt.he_normal_, "got torch.int8"),
+        (lambda: of(torch.complex64), partial(gt.uniform_, limit=1.0), "got torch.complex64"),
+        (lambda: of(torch.complex64), gt.init.kaiming_uniform_, "got torch.complex64"),
+        (lambda: nn.Parameter(torch.zeros(4).expand(3, 4)), gt.he_normal_, "share memory"),
+        (nn.UninitializedParameter, gt.he_normal_, "run the lazy module once"),
+        (nn.UninitializedParameter, nn.init.zeros_, "run the lazy module once"),
+        (lambda: nn.UninitializedParameter(requires_grad=False), nn.init.zeros_, "run the lazy module once"),
+        (lambda: of(torch.float32), partial(gt.he_normal_, seed=-1), "got -1"),
+        (lambda: of(torch.float32), partial(gt.he_normal_, in_axis=7), "got 7"),
+        (lambda: of(torch.float32), partial(gt.normal_, stddev=-1.0), "got -1"),
+        (lambda: of(torch.float16), partial(gt.truncated_normal_, stddev=1e5), "float16"),
+        (lambda: of(torch.float32), partial(gt.init.normal_, generator=torch.Generator()), "generator must"),
+        (lambda: nn.Parameter(torch.zeros(3, 4, 5)), nn.init.kaiming_normal_, "axes"),
+    ],
+)
+def test_after_an_error_nothing_is_written(weight, initializer, message):
+    model, rules = with_last(weight(), initializer)
+    filled_with(model[:3], 7, frozen=False)
+    called = []
+    rules.insert(0, ("0.bias", lambda tensor: called.append(tensor)))
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
+        gt.initialize_(model, seed=None, rules=rules)
+    assert raised.value.__notes__ == ["This is parameter 3.weight, of a Own."]
+    assert all((tensor == 7).all() for tensor in model[:3].state_dict().values())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not called
+
+
+def test_what_is_lazy_is_refused_by_name_whatever_covers_it():
+    for strict in (True, False):
+        with pytest.raises(TypeError, match="run the lazy module once") as raised:
+            gt.initialize_(nn.Sequential(nn.LazyLinear(3)), rules=[], strict=strict)
+        assert raised.value.__notes__ == ["This is parameter 0.weight, of a LazyLinear."]
+
+
+def test_the_check_draws_no_seed():
+    torch.manual_seed(5)
+    expected = gt.he_normal_(torch.empty(3, 4), name="weight")
+    torch.manual_seed(5)
+    model = Own(weight=(3, 4))
+    gt.initialize_(model, rules=[("*", partial(gt.he_normal_, seed=None))])
+    assert tobytes(model.weight) == tobytes(expected)
+
+
+@pytest.mark.parametrize("make", [partial(nn.ConvTranspose2d, 3, 4, 2), partial(nn.Linear, 3, 4)])
+def test_the_default_rules_are_checked_before(make):
+    model = nn.Sequential(nn.Linear(2, 2), make(dtype=torch.complex64))
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"got torch\.complex64"):
+        gt.initialize_(model)
+    assert weights(model) == before
+
+
+# The error for what no rule covers
+
+
+def mixture(layers):
+    """The names and shapes of a mixture of experts."""
+    blocks = [
+        nn.ModuleDict(
+            {
+                "attention": nn.Linear(4, 4),
+                "router": Router(weight=(8, 4)),
+                "experts": Experts(gate_up_proj=(8, 6, 4), down_proj=(8, 4, 3)),
+                "input_layernorm": Scale(weight=4),
+                "post_attention_layernorm": Scale(weight=4),
+            }
+        )
+        for _ in range(layers)
+    ]
+    return nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks), "norm": Scale(weight=4)})})
+
+
+class Router(Own):
+    pass
+
+
+class Experts(Own):
+    pass
+
+
+class Scale(Own):
+    pass
+
+
+MIXTURE = """\
+rules must cover every parameter; append [("*norm.weight", initialiser), \
+("*.router.weight", initialiser), \
+("*.gate_up_proj", partial(he_normal_, batch_axis=0, in_axis=2, out_axis=1)), \
+("*.down_proj", partial(he_normal_, batch_axis=0, in_axis=2, out_axis=1))], \
+or pass strict=False to skip them, got none for 161 parameters:
+Scale.weight (4,): 65, e.g. model.layers.0....
+Router.weight (8, 4): 32, e.g. model.layers.0....
+Experts.gate_up_proj (8, 6, 4): 32, e.g. model.layers.0....
+Experts.down_proj (8, 4, 3): 32, e.g. model.layers.0...."""
+
+
+def test_the_error_for_many_parameters_groups_them():
+    model = mixture(32)
+    with pytest.raises(ValueError, match="strict=False") as raised:
+        gt.initialize_(model)
+    assert str(raised.value) == MIXTURE
+    pasted = re.search(r"\[.*\]", MIXTURE)[0]
+    rules = eval(pasted, {"partial": partial, "he_normal_": gt.he_normal_, "initialiser": nn.init.ones_})
+    found = stds(gt.initialize_(model, rules=[*gt.DEFAULT_RULES, *rules]))
+    assert found["model.layers.3.experts.down_proj"] == pytest.approx(math.sqrt(2 / 3))
+    assert found["model.layers.3.attention.weight"] == pytest.approx(math.sqrt(2 / 4))
+
+
+def test_the_error_counts_what_it_does_not_show():
+    shapes = {f"very_long_name_of_a_parameter_{letter}": (2, 3, 4) for letter in "abcdefghi"}
+    with pytest.raises(ValueError, match=r"got none for 10 parameters:\n(.*: 1, e\.g\. .*\n){4}and 6 more$"):
+        gt.initialize_(nn.Sequential(Own(**shapes), Own(token=(1, 1, 4))), rules=[])
+
+
+@pytest.mark.parametrize(
+    ("model", "pairs"),
+    [
+        (lambda: Own(pos_embed=(1, 5, 4)), '[("pos_embed", initialiser)]'),
+        (lambda: Own(proj=(3, 5, 4)), '[("proj", partial(he_normal_, batch_axis=0, in_axis=2, out_axis=1))]'),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 2, bias=False)), '[("*.weight", initialiser)]'),
+        (
+            lambda: nn.ModuleDict({"a": Own(w=3), "b": Own(w=(3, 4)), "c": nn.ModuleDict({"b": Own(w=3)})}),
+            '[("b.w", initialiser), ("*.w", initialiser)]',
+        ),
+        (
+            lambda: nn.ModuleDict({"a": Own(w=3), "b": Scale(w=3)}),
+            '[("a.w", initialiser), ("b.w", initialiser)]',
+        ),
+    ],
+)
+def test_the_rules_in_the_error(model, pairs):
+    with pytest.raises(ValueError, match=re.escape(f"append {pairs}, or pass")):
+        gt.initialize_(model(), rules=[])
+
+
+def test_names_with_slashes_and_no_owners():
+    names = [f"layers/{number}/scale" for number in range(9)]
+    with pytest.raises(
+        ValueError, match=r'\("\*/scale", initialiser\).*9 parameters:\nscale \(3,\): 9, e\.g\. '
+    ):
+        refuse_uncovered([Uncovered(name, (3,)) for name in names])
+    refuse_uncovered([])
+
+
 # The report
 
 
@@ -345,9 +716,9 @@ norm.bias                               8      bfloat16  zeros_             0
 5 parameters, 114 elements"""
 
 SMALL = """\
-name  shape  dtype    rule   std
-a     ()     float32  ones_  0
-b     3      float32  -      -
+name  shape  dtype    rule   std  written
+a     ()     float32  ones_  0    whole
+b     3      float32  -      -    not written
 2 parameters, 4 elements"""
 
 
@@ -373,8 +744,62 @@ def test_a_meta_model_has_a_report_and_no_memory():
             "float32",
             f"truncated_normal_(stddev={0.02 / TRUNCATED_STD:.4g})",
             pytest.approx(0.02),
+            "meta, not written",
         ),
-        ("one.weight", (8, 8), "float32", "he_normal_", pytest.approx(0.5)),
+        ("one.weight", (8, 8), "float32", "he_normal_", pytest.approx(0.5), "meta, not written"),
     ]
     assert model.one.weight.is_meta
-    assert report == gt.initialize_(Net())
+    assert [row._replace(written="whole") for row in report] == gt.initialize_(Net())
+
+
+def test_a_fake_model_is_not_written_either():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        model = nn.Linear(3, 3)
+    assert {row.written for row in gt.initialize_(model)} == {"meta, not written"}
+
+
+ROWS = [
+    gt.Row("model.layers.11.mlp.experts.gate_up_proj", (8, 1024, 256), "bfloat16", "whole_", 0.02),
+    gt.Row("decoder.embed_positions.weight", (448, 384), "float32", "-", None, "frozen"),
+    gt.Row("model.norm.weight", (4096,), "bfloat16", "truncated_normal_ std=0.02", 1.234e-10, "part"),
+    gt.Row("proj", (8,), "float32", "he_normal_(in_axis=1)", 0.5, "meta, not written"),
+]
+
+
+def test_what_was_written_is_a_last_column_of_the_table():
+    lines = str(gt.Report(ROWS)).splitlines()
+    assert lines[0].split() == ["name", "shape", "dtype", "rule", "std", "written"]
+    assert [line.split()[-1] for line in lines[1:5]] == ["whole", "frozen", "part", "meta"]
+    assert re.search(r" \w+\.\.\. std=0\.02 +1\.234e-10 +part$", lines[3])
+    assert re.search(r" he_normal_ +0\.5 ", lines[4])
+    assert max(map(len, lines)) <= 80
+    assert str(gt.Report(ROWS[:1])).splitlines()[0].split() == ["name", "shape", "dtype", "rule", "std"]
+
+
+@pytest.mark.parametrize("written", ["whole", "not written", "meta, not written"])
+@pytest.mark.parametrize(
+    "rule", ["-", "r" * 60, "normal_ std=0.02 mean=0.5", "r" * 40 + " std=0.02 a=-2 b=2"]
+)
+@pytest.mark.parametrize("shape", [(), (2**40,) * 3, (1024,) * 9])
+def test_no_report_has_more_than_80_columns(shape, rule, written):
+    row = gt.Row("n" * 70, shape, "float8_e4m3fnuz", rule, 1.234e-300, written)
+    report = gt.Report([row], ["A note of many words. " * 9, "x" * 90])
+    assert max(map(len, str(report).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("numbers", ["std=0.02", "std=0.02 a=-2 b=2"])
+def test_numbers_of_a_rule_are_shown(numbers):
+    row = gt.Row("n" * 70, (8, 14336, 4096), "bfloat16", f"truncated_normal_ {numbers}", 0.02, "not written")
+    assert f"... {numbers}  0.02  not written" in str(gt.Report([row]))
+
+
+def test_notes_are_under_the_table():
+    report = gt.initialize_(nn.Linear(3, 3))
+    assert report.notes == []
+    table = str(report)
+    report.notes.append("Compute the buffers again.")
+    assert str(report) == f"{table}\nCompute the buffers again."
+    assert isinstance(report, list)
+    assert report == gt.initialize_(nn.Linear(3, 3))

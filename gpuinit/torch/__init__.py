@@ -33,6 +33,7 @@ from gpuinit.torch.in_place import (
     variance_scaling_,
 )
 from gpuinit.torch.model import initialize_
+from gpuinit.torch.streams import streams
 
 __all__ = [
     "DEFAULT_RULES",
@@ -47,6 +48,7 @@ __all__ = [
     "lecun_normal_",
     "lecun_uniform_",
     "normal_",
+    "streams",
     "truncated_normal_",
     "uniform_",
     "variance_scaling_",

@@ -3,47 +3,99 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from gpuinit.rules import WANTED, Report, Row, find_rule, parse_rules, refuse_uncovered
+from gpuinit.rules import WANTED, Report, Row, Uncovered, find_rule, parse_rules, refuse_uncovered
 from gpuinit.stream import parse_seed
-from gpuinit.torch.default_rules import BATCH_NORMS, DEFAULT_RULES, EMBEDDINGS, Initializer, Rule
-from gpuinit.torch.fill import draw_seed, recorded_stds
+from gpuinit.torch import default_rules, in_place, init
+from gpuinit.torch.default_rules import (
+    BATCH_NORMS,
+    DEFAULT_RULES,
+    EMBEDDINGS,
+    Initializer,
+    Rule,
+    reset_buffers,
+)
+from gpuinit.torch.fill import check, checking, draw_seed, recorded_stds
+from gpuinit.torch.graphs import outside_graphs
+from gpuinit.torch.names import named_parameters, walk
+from gpuinit.torch.recipes import run_recipe
 from gpuinit.torch.shards import is_dtensor, parts
+from gpuinit.torch.streams import streams
 
-CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_)
+CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_, default_rules.prelu_, default_rules.magnitude_)
+
+# The default rules' own functions that write by `fill` alone.
+DRAWING = (default_rules.direction_, default_rules.he_normal_transposed_, default_rules.recurrent_uniform_)
+
+CONVOLUTIONS = nn.modules.conv._ConvNd  # transposed ones too
+
+AXES = {"in_axis", "out_axis", "batch_axis"}
+
+# What takes its fans from the shape, and the function of gpuinit.torch that has the same and takes axes.
+FAN_RULES = {
+    function: name
+    for name, function in vars(in_place).items()
+    if name.startswith(("he_", "glorot_", "lecun_", "variance_scaling_"))
+}
+FAN_RULES |= {
+    function: name.rstrip("_").replace("kaiming", "he").replace("xavier", "glorot") + "_"
+    for module in (nn.init, init)
+    for name, function in vars(module).items()
+    if name.startswith(("kaiming_", "xavier_"))
+}
 
 
+@outside_graphs
 def initialize_(
     module: nn.Module,
     seed: SupportsIndex | None = 0,
     rules: Sequence[Rule] | None = None,
     *,
+    recipe: str | Callable[[nn.Module], Any] | None = None,
     strict: bool = True,
 ) -> Report:
     """Fill every parameter of a model, each from a stream of its own, keyed by its fully qualified name.
 
     Adding a layer or changing the order of layers changes no other parameter, and no two parameters are
     alike. The weights are the same for one process and for any number of ranks, sharded or offloaded in any
-    way: every rank makes its own shard, and no collective is called. For the large-model path build on meta,
-    then `fully_shard`, `to_empty` and this; where weights are tied, tie them again after `to_empty`, which
-    separates them.
+    way: every rank makes its own shard, and no collective is called, but to gather what has a spectral norm.
+    For the large-model path build on meta, then `fully_shard`, `to_empty` and this; where weights are tied,
+    tie them again after `to_empty`, which separates them.
 
     The default rules are `DEFAULT_RULES`:
 
         Linear, Conv, ConvTranspose   weight He-normal, bias 0
+        Bilinear, Conv1D (GPT-2's)    weight He-normal, bias 0; Conv1D is (in, out)
         MultiheadAttention            projections He-normal, biases 0
+        LSTM, GRU, RNN, their cells   uniform in +-1 / sqrt(hidden_size), as torch has them
+        weight norm of these          direction as above, magnitude so that the variance is too
+        spectral norm of these        weight as above, singular vectors found anew
+        orthogonal weights            uniformly among all
+        PReLU                         its own init
         BatchNorm, LayerNorm, ...     weight 1, bias 0
+        other norms                   as their reset_parameters has it; without one not covered
         Embedding, EmbeddingBag       weight truncated normal, standard deviation 0.02
 
-    Whatever the rules, the padding_idx row of an embedding is set to 0, as torch does, and the running
-    statistics of batch norms are reset. Other buffers are left alone: after `to_empty` compute them again.
+    Whatever the rules, the padding_idx row of an embedding that is filled is set to 0, as torch does, and the
+    running statistics of batch norms are reset. Other buffers are left alone: after `to_empty` compute them
+    again. The singular vectors of spectral norms and the bases of orthogonal weights are made anew from the
+    seed where the parameter is filled; the bits of these two may differ between devices.
+
+    A frozen parameter, one that does not require grad, is left alone, and the running statistics of a batch
+    norm with it where all its parameters are, unless the rule that fits it is the caller's own and says more
+    than "*".
+
+    A weight of three or more axes that no convolution owns, such as a stack of experts, has fans only where
+    the rule names its axes: `functools.partial(he_normal_, batch_axis=0, in_axis=2, out_axis=1)` for a stack
+    of (out, in).
 
     Args:
         module: The model, bare or in `fully_shard`, `torch.compile`, DistributedDataParallel, and with
@@ -53,41 +105,146 @@ def initialize_(
             generator, where no parameter is a DTensor.
         rules: Pairs (pattern, initialiser), of which the first that fits is taken. A pattern is a glob on the
             name ("*.gate.weight"), or a function (module, name) -> bool, given the module that owns the
-            parameter. An initialiser is called as f(parameter), with those of seed=, name= and module= that
-            it takes: `he_normal_`, `functools.partial(truncated_normal_, stddev=0.01)`,
-            `torch.nn.init.zeros_`. To add to the default rules: [(pattern, initialiser), *DEFAULT_RULES].
+            parameter, or the layer where torch parametrises it. An initialiser is called as f(parameter),
+            with those of seed=, name= and module= that it takes: `he_normal_`,
+            `functools.partial(truncated_normal_, stddev=0.01)`, `torch.nn.init.zeros_`. To add to the default
+            rules: [(pattern, initialiser), *DEFAULT_RULES].
+            Functions that are not gpuinit's draw within `streams`, also from the seed and the name.
+        recipe: "own" for what the model itself has: `initialize_weights` of transformers, as for a new model
+            and with its weights tied; `init_states`, `init_weights` of torchtitan, timm and others; else
+            `_init_weights` on every module, or the `reset_parameters` of the parts, which leaves out what
+            constructors do beyond that. Or a function of the model. It runs in `streams`, with what it
+            computes taken for replicated where the model is sharded; notes of the report say what ran. Rules
+            are for the parameters that it never writes then, and there are none by default.
         strict: False leaves a parameter alone that no rule covers.
 
     Returns:
-        A row for every parameter: name, shape, dtype, rule and standard deviation; `print` shows a table.
+        A row for every parameter: name, shape, dtype, rule, standard deviation and what was written: "whole",
+        "frozen", "not written", "meta, not written", or what `streams` has. `print` shows a table.
 
     Raises:
-        ValueError: No rule covers a parameter, and strict. Nothing is written then.
+        ValueError: No rule covers a parameter, and strict (after a recipe, which has written the others
+            then); or a rule has to name axes and does not.
         TypeError, ValueError, RuntimeError: As for `he_normal_`, with the name of the parameter.
+
+    All parameters are checked before one is written, so that after an error the model is as it was; but what
+    a recipe raises, or a function that is not gpuinit's, comes when its turn does.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    chosen = parse_torch_rules(DEFAULT_RULES if rules is None else rules)
-    found = list(named_parameters(module))
+    if not (recipe is None or recipe == "own" or callable(recipe)):
+        raise TypeError(f'recipe must be None, "own" or a function of the model, got {recipe!r}')
+    if rules is None:
+        rules = DEFAULT_RULES if recipe is None else ()
+    chosen = parse_torch_rules(rules)
+    found = owned_parameters(module)
     if seed is None and any(is_dtensor(parameter) for _, parameter, _ in found):
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
-    key = parse_seed(draw_seed() if seed is None else seed)
-    plan = [(name, parameter, owner, find_rule(chosen, owner, name)) for name, parameter, owner in found]
-    uncovered = [name for name, _, _, initializer in plan if initializer is None]
+    key = None if seed is None else parse_seed(seed)
+    if recipe is None:
+        return by_rules(module, find_rules(found, chosen), key, strict)
+    report, key = Report(), draw_seed() if key is None else key
+    with streams(module, key) as rows:
+        report.notes = run_recipe(module, recipe)
+    unwritten = {row.name for row in rows if row.written == "not written"}
+    left = [job for job in find_rules(owned_parameters(module), chosen) if job.name in unwritten]
+    filled = {row.name: row for row in by_rules(module, left, key, strict, after_recipe=True)}
+    report += [filled.get(row.name, row) for row in rows]
+    report.notes += rows.notes
+    return report
+
+
+class Job(NamedTuple):
+    """A parameter, and what fills it."""
+
+    name: str
+    parameter: torch.Tensor
+    owner: nn.Module
+    initializer: Initializer | None
+
+
+def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
+    """Name, parameter and owner. What is parametrised belongs to its layer, not to the list that keeps it."""
+    layers = {
+        kept: part
+        for _, part in walk(module)
+        if is_parametrized(part)
+        for kept in part.parametrizations.values()
+    }
+    found = [
+        (name, parameter, layers.get(owner, owner)) for name, parameter, owner in named_parameters(module)
+    ]
+    for name, parameter, owner in found:
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            with noting(name, owner):
+                check(parameter)
+    return found
+
+
+def find_rules(found: Iterable[tuple[str, torch.Tensor, nn.Module]], chosen: list[Rule]) -> list[Job]:
+    """The first rule that fits, for every parameter."""
+    naming = [  # as a frozen parameter sees them
+        (pattern, None if pattern == "*" or (pattern, f) in DEFAULT_RULES else f) for pattern, f in chosen
+    ]
+    return [
+        Job(name, parameter, owner, find_rule(chosen if parameter.requires_grad else naming, owner, name))
+        for name, parameter, owner in found
+    ]
+
+
+def by_rules(
+    module: nn.Module, jobs: list[Job], key: int | None, strict: bool, after_recipe: bool = False
+) -> Report:
+    """Check all, then fill all; the seed is drawn in between where there is none."""
     if strict:
-        refuse_uncovered(uncovered)
-    report = []
-    with torch.no_grad():
-        for name, parameter, owner, initializer in plan:
-            rule, std = "-", None
+        refuse_uncovered(
+            [
+                Uncovered(name, tuple(parameter.shape), type(owner).__name__, suggest(parameter, owner))
+                for name, parameter, owner, initializer in jobs
+                if initializer is None and parameter.requires_grad
+            ],
+            "recipe must write every parameter, or rules cover it"
+            if after_recipe
+            else "rules must cover every parameter",
+        )
+    report = Report()
+    filled, frozen = set[torch.Tensor](), set[torch.Tensor]()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for job in jobs:
+            if job.initializer is not None:
+                check_rule(job.initializer, job.parameter, key or 0, job.name, job.owner)
+        key = draw_seed() if key is None else key
+        if any(draws_by_torch(job.initializer) for job in jobs):
+            stack.enter_context(streams(module, key))
+        for name, parameter, owner, initializer in jobs:
+            rule, std, written = "-", None, "not written"
             if initializer is not None:
                 rule, std = describe(initializer), apply(initializer, parameter, key, name, owner)
+                written = "meta, not written" if is_meta(parameter) else "whole"
+                filled.add(parameter)
+            elif not parameter.requires_grad:
+                written = "frozen"
+                frozen.add(parameter)
             dtype = str(parameter.dtype).removeprefix("torch.")
-            report.append(Row(name, tuple(parameter.shape), dtype, rule, std))
-        for _, part in walk(module):
-            if isinstance(part, BATCH_NORMS):
-                part.reset_running_stats()
-    return Report(report)
+            report.append(Row(name, tuple(parameter.shape), dtype, rule, std, written))
+        for prefix, part in walk(module):
+            own = set(part.parameters(recurse=False))
+            left_alone = own <= frozen if own else after_recipe
+            if not (isinstance(part, BATCH_NORMS) and (left_alone or (after_recipe and not own & filled))):
+                reset_buffers(part, prefix, key, filled)
+    return report
+
+
+def draws_by_torch(initializer: Initializer | None) -> bool:
+    """Whether a function may draw that is not gpuinit's: from the streams of its parameters then."""
+    function, _ = unwrap(initializer) if initializer else (None, {})
+    return function is not None and not is_ours(function) and function not in CONSTANTS
+
+
+def is_ours(function: Any) -> bool:
+    """Whether all that it does to a tensor, it does by `fill`."""
+    return function in DRAWING or getattr(function, "__module__", None) in (in_place.__name__, init.__name__)
 
 
 def parse_torch_rules(rules: Any) -> list[Rule]:
@@ -98,20 +255,89 @@ def parse_torch_rules(rules: Any) -> list[Rule]:
     return pairs
 
 
+@contextmanager
+def noting(name: str, owner: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This is parameter {name}, of a {type(owner).__name__}.")
+        raise
+
+
+def check_rule(
+    initializer: Initializer, parameter: torch.Tensor, key: int, name: str, owner: nn.Module
+) -> None:
+    """Raise what filling would, as far as that can be known without writing."""
+    function, words = unwrap(initializer)
+    with noting(name, owner):
+        if parameter.ndim > 2 and not isinstance(owner, CONVOLUTIONS) and not AXES & words.keys():
+            refuse_fans(function, words, tuple(parameter.shape))
+        if has_padding(owner, name):
+            parts(parameter)
+        if is_ours(function):
+            token = checking.set(True)
+            try:
+                call(initializer, parameter, key, name, owner)
+            finally:
+                checking.reset(token)
+
+
+def refuse_fans(function: Any, words: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Raise where a function takes its fans from the axes of a convolution's kernel."""
+    known = next((name for fan_rule, name in FAN_RULES.items() if fan_rule is function), None)
+    if known is None:
+        return
+    given = words if function is getattr(in_place, known) else {}  # torch's words are others
+    ndim = len(shape)
+    raise ValueError(
+        "rules must name the axes of the fans where the parameter has three or more and no convolution owns "
+        f"it: {with_axes(known, ndim, given)} for a stack of (out, in), "
+        f"{with_axes(known, ndim, given, flipped=True)} for one of (in, out), or in_axis=1, out_axis=0 for "
+        f"(out, in, *kernel), got {function.__name__} for shape {shape}"
+    )
+
+
+def with_axes(function: str, ndim: int, words: dict[str, Any] | None = None, *, flipped: bool = False) -> str:
+    """The text of a rule for a stack of (out, in), or of (in, out)."""
+    in_axis, out_axis = (ndim - 2, ndim - 1) if flipped else (ndim - 1, ndim - 2)
+    batch_axis = 0 if ndim == 3 else tuple(range(ndim - 2))
+    words = {**(words or {}), "batch_axis": batch_axis, "in_axis": in_axis, "out_axis": out_axis}
+    return f"partial({function}, {', '.join(f'{word}={value!r}' for word, value in words.items())})"
+
+
+def suggest(parameter: torch.Tensor, owner: nn.Module) -> str:
+    """What the error for uncovered parameters has in its rules."""
+    # With an axis of one it is rather a token, or a table of positions, than a stack.
+    if parameter.ndim < 3 or 1 in parameter.shape or isinstance(owner, CONVOLUTIONS):
+        return "initialiser"
+    return with_axes("he_normal_", parameter.ndim)
+
+
+def unwrap(initializer: Initializer) -> tuple[Any, dict[str, Any]]:
+    """The function below any partials, and their keywords."""
+    words: dict[str, Any] = {}
+    while isinstance(initializer, partial):
+        words = {**initializer.keywords, **words}
+        initializer = initializer.func
+    return initializer, words
+
+
+def call(initializer: Initializer, parameter: torch.Tensor, key: int, name: str, owner: nn.Module) -> None:
+    initializer(parameter, **taken(initializer, {"seed": key, "name": name, "module": owner}))
+
+
 def apply(
     initializer: Initializer, parameter: torch.Tensor, key: int, name: str, owner: nn.Module
 ) -> float | None:
     """Fill one parameter; return the standard deviation where it is known."""
     token = recorded_stds.set([])
     try:
-        initializer(parameter, **taken(initializer, {"seed": key, "name": name, "module": owner}))
+        with noting(name, owner):
+            call(initializer, parameter, key, name, owner)
         stds = recorded_stds.get()
-    except Exception as error:
-        error.add_note(f"This is parameter {name}, of a {type(owner).__name__}.")
-        raise
     finally:
         recorded_stds.reset(token)
-    if isinstance(owner, EMBEDDINGS) and owner.padding_idx is not None and parameter is owner.weight:
+    if has_padding(owner, name):
         zero_row(parameter, owner.padding_idx)
     if initializer in CONSTANTS:
         return 0.0
@@ -119,12 +345,12 @@ def apply(
 
 
 def taken(initializer: Initializer, offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the offered keywords that an initialiser takes and that are not set by a partial."""
+    """Those of the offered keywords that an initialiser takes and that no partial sets."""
     try:
         parameters = inspect.signature(initializer).parameters
     except ValueError:  # a built-in function
         return {}
-    fixed = getattr(initializer, "keywords", {})
+    _, fixed = unwrap(initializer)
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
         word: value
@@ -146,6 +372,11 @@ def format_argument(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
+def has_padding(owner: Any, name: str) -> bool:
+    is_table = isinstance(owner, EMBEDDINGS) and name.rpartition(".")[2] == "weight"
+    return is_table and owner.padding_idx is not None
+
+
 def zero_row(parameter: torch.Tensor, row: int) -> None:
     _, places = parts(parameter)
     for tensor, starts in places:
@@ -153,39 +384,7 @@ def zero_row(parameter: torch.Tensor, row: int) -> None:
             tensor[row - starts[0]].zero_()
 
 
-def named_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
-    """Name, parameter and owner, once a parameter, in the order of `module.named_parameters()`."""
-    seen = set()
-    for prefix, owner in walk(module):
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield prefix + name, parameter, owner
-
-
-def walk(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, with the prefix of its names: none for what a wrapper adds."""
-    seen = set()
-
-    def below(prefix: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if parent in seen:
-            return
-        seen.add(parent)
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        if fsdp is not None and isinstance(parent, fsdp.FullyShardedDataParallel):
-            raise TypeError(
-                "module must keep the shapes of its parameters; use fully_shard, got a "
-                "FullyShardedDataParallel, which flattens them"
-            )
-        yield prefix, parent
-        for name, child in parent.named_children():
-            yield from below(prefix if is_wrapper(parent, name) else f"{prefix}{name}.", child)
-
-    return below("", module)
-
-
-def is_wrapper(parent: nn.Module, name: str) -> bool:
-    """Whether a child is the model that its parent wraps."""
-    if name == "module":
-        return isinstance(parent, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return name in ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+def is_meta(parameter: Any) -> bool:
+    """Whether it has no memory; fake tensors too."""
+    local = parameter.to_local() if is_dtensor(parameter) else parameter
+    return local.is_meta or hasattr(local, "fake_mode")

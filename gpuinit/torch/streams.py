@@ -1,0 +1,645 @@
+"""A model's own recipe, with every random number from the stream of the parameter that it is written to.
+
+Below torch's functions, modules and scripts, all random numbers are made by operations that torch marks as
+such (`torch.Tag.nondeterministic_seeded`). Inside `streams` they come here instead:
+
+    on a parameter or a view of one   filled from the parameter's stream, from the places that it has there
+    on a temporary                    followed, with what is computed from it, until that is written to a
+                                      parameter; then made again, from a stream of that parameter
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, SupportsIndex
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_iter
+
+from gpuinit.distributions import Draw, Uniform, find_sampling, parse_normal, parse_number, parse_uniform
+from gpuinit.rules import Report, Row
+from gpuinit.stream import parse_name, parse_seed
+from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
+from gpuinit.torch.init import parse_truncated
+from gpuinit.torch.names import named_parameters, walk
+from gpuinit.torch.shards import is_dtensor
+from gpuinit.torch.views import Place, places
+
+aten = torch.ops.aten
+
+KNOWN = "normal_, uniform_, trunc_normal_, bernoulli_, random_, rand, randn, randint and randperm"
+OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
+OVERWRITING = ("zero_", "fill_", "copy_")
+READING = ("_local_scalar_dense", "equal", "is_nonzero")  # what Python is given a value by
+
+
+class Sample(NamedTuple):
+    """What a random operation draws."""
+
+    text: str  # for the report
+    draw: Draw
+    # What makes the values of what is drawn, then float64, by exact operations.
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class Found(NamedTuple):
+    """A parameter, and the part of it that a tensor is."""
+
+    name: str
+    parameter: Any
+    places: list[Place]
+    whole: bool  # all of it that this rank has
+
+    def key(self) -> str:
+        """The name, with the places where they are not all."""
+        if self.whole:
+            return self.name
+        if is_dtensor(self.parameter):  # ranks have different places
+            return f"{self.name}@"
+        if not self.places:
+            return f"{self.name}@"
+        first = self.places[0]
+        return f"{self.name}@{first.offset}{list(first.tensor.shape)}{list(first.strides)}"
+
+
+class Write(NamedTuple):
+    """What one operation did to a parameter."""
+
+    text: str
+    std: float | None
+    drawn: str  # "", "directly" or "temporary"
+    found: Found
+    overwrites: bool = True
+
+
+class Step(NamedTuple):
+    """An operation on temporaries, to be run again."""
+
+    number: int
+    draws: bool
+    run: Callable[[str], None]  # given the name of the stream, where it draws
+
+
+class Group:
+    """Temporaries whose random numbers have met, and how they were made."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.words: list[str] = []  # the same, for the report
+        self.storages: dict[int, Any] = {}
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes, and what they were at first
+
+    def take(self, other: Group) -> None:
+        """All that another has."""
+        self.steps = sorted(self.steps + other.steps)
+        self.words += other.words
+        self.storages |= other.storages
+        self.before += other.before
+
+
+@contextmanager
+def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Report]:
+    """Run a model's own recipe with its random numbers from streams, keyed by the names of its parameters.
+
+        with gpuinit.torch.streams(model, seed=0) as report:
+            model.init_weights()
+        print(report)
+
+    Inside, every random number of torch is a function of the seed, the fully qualified name of the parameter
+    that it is written to, and its place in the whole of it: not of the order of calls, of torch's seeds and
+    generators, of ranks and sharding, or of how often the recipe is run. Distributions are the recipe's,
+    `torch.nn.init.trunc_normal_` is one draw in one pass. Under `fully_shard` and tensor parallelism every
+    rank makes its own shard, and no collective is called. A parameter that is tied has the first of its
+    names, a view of a parameter the values of its places; a parameter drawn twice has the same values twice.
+
+    What is drawn on a temporary is keyed by the parameter, and the part of it, that something computed from
+    it reaches first, also where the temporary itself becomes the parameter. The operations on it are run a
+    second time then; so its values must not be read before. Bits are promised for what is drawn, and for what
+    the recipe computes from it by operations that are exact (a product, a copy; not log or QR).
+
+    Args:
+        module: The model, as for `initialize_`; its buffers have streams too. Meta and fake tensors are left
+            alone.
+        seed: An integer in [0, 2**64), the same on every rank. None draws one from torch's default CPU
+            generator, where no parameter is a DTensor.
+
+    Yields:
+        The report, filled at the end of the block: a row for every parameter, and for every buffer that was
+        drawn, with what was drawn and its numbers. written is "whole", "part", "temporary" for what was drawn
+        on a temporary, or "not written".
+
+    Raises:
+        TypeError, ValueError: In the block, for a random operation that is not known (cauchy_, exponential_,
+            dropout, ...), a dtype that cannot be drawn, a temporary whose values are read (`item`) before
+            they reach a parameter, or one that every rank would write to its own shard.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if seed is None and any(is_dtensor(parameter) for _, parameter, _ in named_parameters(module)):
+        raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
+    report = Report()
+    mode = Streams(module, parse_seed(draw_seed() if seed is None else seed))
+    token = within.set(mode)
+    try:
+        with one_truncated_draw(mode), mode:
+            yield report
+        mode.settle_parameters()
+    finally:
+        within.reset(token)
+    mode.fill(report)
+
+
+@contextmanager
+def one_truncated_draw(mode: Streams) -> Iterator[None]:
+    """In place of the loop that `trunc_normal_` is below. All its callers come to this one function."""
+    original = nn.init._no_grad_trunc_normal_
+
+    def truncated(
+        tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+    ) -> torch.Tensor:
+        if mode not in _get_current_dispatch_mode_stack():  # of another thread
+            return original(tensor, mean, std, a, b, generator)
+        text = f"trunc_normal_{words(mean=mean)} std={std:.4g} a={a:.4g} b={b:.4g}"
+        return mode.draw_above(tensor, Sample(text, parse_truncated(mean, std, a, b)))
+
+    nn.init._no_grad_trunc_normal_ = truncated
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = original
+
+
+class Streams(TorchDispatchMode):  # type: ignore[misc]
+    """Sees every operation of torch while it is on, and is off in its own methods."""
+
+    def __init__(self, module: nn.Module, key: int) -> None:
+        super().__init__()
+        self.module, self.key = module, key
+        self.busy = False
+        self.log: dict[str, list[Write]] = {}
+        self.groups: dict[int, Group] = {}  # by storage
+        self.plain: set[int] = set()  # storages of these that are no DTensor's: alike on all ranks
+        self.settled: dict[int, tuple[StorageWeakRef, str]] = {}  # those that were, and how they were made
+        self.counts: Counter[str] = Counter()  # temporaries that reached a place
+        self.number = self.lost = 0
+        self.scan()
+
+    def scan(self) -> None:
+        """Find the storages of parameters and buffers."""
+        self.owners: dict[int, list[tuple[str, Any]]] = {}
+        self.weak = []  # a number is not used again while there is a reference, though the memory is freed
+        for name, tensor in self.tensors():
+            storage = memory(tensor).untyped_storage()
+            self.weak.append(StorageWeakRef(storage))
+            self.owners.setdefault(storage._cdata, []).append((name, tensor))
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Parameters and buffers, by name."""
+        for name, parameter, _ in named_parameters(self.module):
+            if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+                raise TypeError(f"module must have shapes; run it once before, got {name} uninitialized")
+            yield name, parameter
+        for prefix, part in walk(self.module):
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.layout is torch.strided:
+                    yield prefix + name, buffer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.busy:
+            return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self.random(func, args, kwargs)
+        return self.follow(func, args, kwargs)
+
+    def random(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that draws."""
+        name = func.overloadpacket.__name__
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        sample = find_sample(func, name, given)
+        if name.endswith("_"):
+            return self.draw(given["self"], sample)
+        if "out" in given:
+            if tuple(given["out"].shape) != tuple(given["size"]):
+                given["out"].resize_(given["size"])
+            return self.draw(given["out"], sample)
+        options = {word: given[word] for word in OPTIONS if given.get(word) is not None}
+        if name.endswith("_like"):
+            made = torch.empty_like(given["self"], **options)
+        else:
+            if name in ("randint", "randperm"):
+                options = {"dtype": torch.int64} | options
+            made = torch.empty(given["n"] if name == "randperm" else given["size"], **options)
+        return self.draw(made, sample, fresh=True)
+
+    def draw(self, tensor: Any, sample: Sample, fresh: bool = False) -> Any:
+        """Fill a tensor, from the stream of the parameter that it is or looks into."""
+        local = memory(tensor)
+        if is_fake(local):
+            return tensor
+        if sample.finish is None:
+            check(tensor)
+        elif overlaps(local):
+            raise ValueError(f"tensor must not hold elements that share memory, got shape {local.shape}")
+        found = None if fresh else self.find(tensor) or self.find(tensor, again=True)
+        if found is None and (names := [other.name for other in self.inside(local)]):
+            raise ValueError(
+                f"a draw must be on one parameter or a part of it, got one over {', '.join(names)}"
+            )
+        if found is None:
+            self.draw_temporary(tensor, sample, fresh)
+            return tensor
+        self.write(found.places, found.name, sample)
+        std = None if sample.finish else sample.draw.std()
+        self.note(Write(sample.text, std, "directly", found))
+        if found.whole:
+            self.forget(found.name)
+        return tensor
+
+    def draw_above(self, tensor: Any, sample: Sample) -> Any:
+        """The same above autograd, which has not seen an operation."""
+        self.busy = True
+        try:
+            with torch.no_grad():
+                self.draw(tensor, sample)
+                torch.autograd.graph.increment_version(tensor)
+        finally:
+            self.busy = False
+        return tensor
+
+    def draw_given(self, tensor: Any, draw: Draw) -> Any:
+        """What a function of gpuinit.torch draws that was given no seed."""
+        return self.draw_above(tensor, Sample(draw_text(draw), draw))
+
+    def note_given(self, tensor: Any, draw: Draw) -> None:
+        """What one wrote that was given a seed."""
+        found = self.find(tensor)
+        if found is not None:
+            self.note(Write(draw_text(draw), draw.std(), "directly", found))
+
+    def write(self, where: Iterable[Place], name: str, sample: Sample) -> None:
+        """Fill the places from the stream of a name."""
+        for place in where:
+            dtype = torch.float64 if sample.finish else place.tensor.dtype
+            request = (self.key, parse_name(name), *find_sampling(sample.draw, TORCH_DTYPES[dtype]))
+            order = sorted(range(place.tensor.ndim), key=lambda axis: -place.strides[axis])
+            strides = tuple(place.strides[axis] for axis in order)
+            ordered = place.tensor.detach().permute(order)
+            fill_part(ordered, place.offset, strides, request, dtype, sample.finish)
+
+    def find(self, tensor: Any, again: bool = False) -> Found | None:
+        """The parameter that this tensor is, or looks into."""
+        if again:
+            self.scan()
+        local = memory(tensor)
+        for name, parameter in self.owners.get(local.untyped_storage()._cdata, ()):
+            where = places(local, parameter)
+            if where is not None:
+                both = is_dtensor(tensor) and is_dtensor(parameter)
+                whole = (
+                    tensor.numel() == parameter.numel()
+                    if both
+                    else local.numel() == memory(parameter).numel()
+                )
+                return Found(name, parameter, where, whole)
+        return None
+
+    def written(self, tensor: Any) -> list[Found]:
+        """The parameters that are written where this is."""
+        found = self.find(tensor)
+        return self.inside(memory(tensor)) if found is None else [found]
+
+    def inside(self, local: torch.Tensor) -> list[Found]:
+        """The parameters that have memory between the first and the last element of this one."""
+        first, last = span(local)
+        found = []
+        for name, parameter in self.owners.get(local.untyped_storage()._cdata, ()):
+            memory_of = memory(parameter)
+            begin, end = span(memory_of)
+            if memory_of.numel() and first < end and begin < last:
+                found.append(Found(name, parameter, [], first <= begin and end <= last))
+        return found
+
+    # Temporaries
+
+    def draw_temporary(self, tensor: Any, sample: Sample, fresh: bool) -> None:
+        """Fill a tensor that is in no parameter, and remember how."""
+        local = memory(tensor)
+        group = self.join([tensor])
+        if not fresh and local.numel() * local.element_size() < local.untyped_storage().nbytes():
+            self.remember(group, local)
+        self.keep(group, tensor)
+
+        def run(name: str) -> None:
+            self.write(places(local, tensor) or (), name, sample)
+
+        self.add(group, True, sample.text, run)
+        run(f"#{self.number}")  # until it is known where it goes
+
+    def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Any other operation: whether it writes to a parameter, and what it does with temporaries."""
+        changed = [tensor for i in mutable(func) for tensor in tensors_in(argument(func, i, args, kwargs))]
+        if not changed and not self.groups and not self.settled:
+            return func(*args, **kwargs)
+        owned = [(found, tensor) for tensor in changed for found in self.written(tensor)]
+        given = tensors_in((args, kwargs))
+        drawn = [tensor for tensor in given if storage_of(tensor) in self.groups]
+        name = func.overloadpacket.__name__
+        if drawn:
+            for tensor in drawn:
+                if is_sharded(tensor) and storage_of(tensor) in self.plain:
+                    refuse_shards(name)
+            if not owned:
+                return self.record(func, name, args, kwargs, given, changed, drawn)
+            found, tensor = owned[0]
+            if is_sharded(found.parameter) and not is_dtensor(tensor):
+                refuse_shards(name)
+            self.settle(self.join(drawn), found, name)
+        made_of = {self.settled[storage_of(t)][1]: None for t in given if storage_of(t) in self.settled}
+        result = func(*args, **kwargs)
+        for found, _ in owned:
+            text, std = name, None
+            if name in ("zero_", "fill_"):
+                value = 0 if name == "zero_" else argument(func, 1, args, kwargs)
+                text, std = f"{name}{'' if name == 'zero_' else f' {value:.4g}'}", 0.0
+            if made_of:
+                text = ", ".join([*made_of, name])
+            elif found.whole and name in OVERWRITING:
+                self.forget(found.name)
+            self.note(Write(text, std, "temporary" if made_of else "", found, name in OVERWRITING))
+        if made_of and not owned:
+            for tensor in tensors_in(result):
+                made = StorageWeakRef(memory(tensor).untyped_storage())
+                self.settled.setdefault(storage_of(tensor), (made, ", ".join(made_of)))
+        return result
+
+    def record(
+        self, func: Any, name: str, args: Any, kwargs: Any, given: Any, changed: Any, drawn: Any
+    ) -> Any:
+        """Run an operation on temporaries, and keep it."""
+        group = self.join([*drawn, *changed])
+        for tensor in changed:
+            if storage_of(tensor) not in group.storages:
+                self.remember(group, memory(tensor))
+        inputs = {storage_of(tensor) for tensor in given}
+        again = group.storages.keys() | {storage_of(tensor) for tensor in changed}
+        versions = [(tensor, version(tensor)) for tensor in given if storage_of(tensor) not in again]
+        result = func(*args, **kwargs)
+        made = tensors_in(result)
+        if name in READING:
+            raise ValueError(
+                "a random number must reach a parameter before its value is read, as it depends on the name "
+                f"of that; draw on the parameter itself, got {func} after {', '.join(group.words)}"
+            )
+        new = [storage_of(tensor) not in inputs for tensor in made]
+
+        def run(_: str) -> None:
+            if any(version(tensor) != before for tensor, before in versions):
+                raise ValueError(
+                    f"what is computed with random numbers must not change before they reach a parameter, "
+                    f"got a change after {func}"
+                )
+            for tensor, fresh, is_new in zip(made, tensors_in(func(*args, **kwargs)), new, strict=True):
+                if is_new:
+                    if tensor.shape != fresh.shape:
+                        raise ValueError(
+                            "random numbers on temporaries must not decide on a shape, got "
+                            f"{func} after {', '.join(group.words)}"
+                        )
+                    tensor.copy_(fresh)
+
+        if changed or any(new):
+            self.add(group, False, name, run)
+        for tensor in (*made, *changed):
+            self.keep(group, tensor)
+        return result
+
+    def join(self, tensors: Iterable[Any]) -> Group:
+        """The one group of all these tensors."""
+        found = list({id(g): g for t in tensors if (g := self.groups.get(storage_of(t)))}.values())
+        group = found[0] if found else Group()
+        for other in found[1:]:
+            group.take(other)
+            self.groups |= dict.fromkeys(other.storages, group)
+        return group
+
+    def keep(self, group: Group, tensor: Any) -> None:
+        """Count the storage of a tensor to a group."""
+        storage = memory(tensor).untyped_storage()
+        group.storages[storage._cdata] = storage
+        self.groups[storage._cdata] = group
+        self.settled.pop(storage._cdata, None)
+        if not is_dtensor(tensor):
+            self.plain.add(storage._cdata)
+
+    def remember(self, group: Group, local: torch.Tensor) -> None:
+        """What a storage holds before random numbers come to it, unless that is known."""
+        storage = local.untyped_storage()
+        if storage._cdata not in group.storages:
+            held = torch.empty(0, dtype=torch.uint8, device=local.device).set_(storage)
+            group.before.append((held, held.clone()))
+
+    def add(self, group: Group, draws: bool, word: str, run: Callable[[str], None]) -> None:
+        """Remember an operation."""
+        self.number += 1
+        group.steps.append(Step(self.number, draws, run))
+        if word not in group.words:
+            group.words.append(word)
+
+    def settle(self, group: Group, found: Found, name: str) -> None:
+        """Make the temporaries of a group again, from the streams of the parameter that they reach."""
+        key = found.key()
+        if name in OVERWRITING and (found.whole or not is_dtensor(found.parameter)):
+            self.counts[key] = 0  # what it took before is gone: running a recipe twice changes nothing
+        for held, before in group.before:
+            held.copy_(before)
+        for step in sorted(group.steps, key=lambda step: step.number):
+            if step.draws:
+                step.run(f"{key}#{self.counts[key]}")
+                self.counts[key] += 1
+            else:
+                step.run("")
+        for number, storage in group.storages.items():
+            del self.groups[number]
+            self.plain.discard(number)
+            self.settled[number] = StorageWeakRef(storage), ", ".join(group.words)
+        group.steps.clear()  # they hold the temporaries, and the group
+        group.before.clear()
+
+    def settle_parameters(self) -> None:
+        """At the end: temporaries that have become parameters."""
+        self.scan()
+        with torch.no_grad():
+            for name, parameter in self.tensors():
+                group = self.groups.get(storage_of(parameter))
+                if group is None:
+                    continue
+                if is_sharded(parameter) and storage_of(parameter) in self.plain:
+                    refuse_shards(name)
+                found = self.find(parameter)
+                if found is not None:
+                    self.settle(group, found, "copy_")
+                    self.note(Write(", ".join(group.words), None, "temporary", found))
+        self.lost = sum(step.draws for group in set(self.groups.values()) for step in group.steps)
+
+    def forget(self, name: str) -> None:
+        """A parameter is written anew: what reached it before is gone."""
+        for key in [key for key in self.counts if key == name or key.startswith(f"{name}@")]:
+            del self.counts[key]
+
+    def note(self, write: Write) -> None:
+        """Remember a write for the report; what it writes over is forgotten."""
+        if write.found.whole and write.overwrites:
+            self.log.pop(write.found.name, None)
+        self.log.setdefault(write.found.name, []).append(write)
+
+    def fill(self, report: Report) -> None:
+        """The rows and the notes."""
+        parameters = {name for name, _, _ in named_parameters(self.module)}
+        for name, tensor in self.tensors():
+            writes = self.log.get(name, [])
+            if not writes and (found := self.find(tensor)) is not None:  # a view of another one
+                writes = self.log.get(found.name, [])
+            if name in parameters or any(write.drawn for write in writes):
+                report.append(row_of(name, tensor, writes))
+        missing = [row.name for row in report if row.written == "not written"]
+        if missing:
+            report.notes.append(f"The recipe never wrote {', '.join(missing)}.")
+        temporary = [row.name for row in report if row.written == "temporary"]
+        if temporary:
+            report.notes.append(f"Drawn on temporaries: {', '.join(temporary)}.")
+        if self.lost:
+            report.notes.append(f"{self.lost} draws on temporaries reached no parameter and no buffer.")
+
+
+def row_of(name: str, tensor: Any, writes: list[Write]) -> Row:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(tensor.shape)
+    if not writes or is_fake(memory(tensor)):
+        written = "meta, not written" if is_fake(memory(tensor)) else "not written"
+        return Row(name, shape, dtype, "-", None, written)
+    last = max((i for i, write in enumerate(writes) if write.drawn), default=-1)
+    told = [write for write in writes if write.drawn] if last >= 0 else writes
+    # What was done afterwards to the drawn numbers, as by a recipe of several steps in place.
+    after = [write for write in writes[last + 1 :] if last >= 0 and write.found.whole]
+    texts = list(dict.fromkeys(write.text for write in (*told, *after)))
+    std = told[0].std if len(texts) == 1 else None
+    covered = {
+        (place.offset, place.tensor.shape, place.strides) for write in writes for place in write.found.places
+    }
+    whole = any(write.found.whole for write in writes)
+    local = memory(tensor).numel()
+    whole = whole or 0 < local <= sum(shape.numel() for _, shape, _ in covered)
+    written = "whole" if whole else "part"
+    if any(write.drawn == "temporary" for write in writes):
+        written = "temporary"
+    return Row(name, shape, dtype, ", ".join(texts), std, written)
+
+
+def find_sample(func: Any, name: str, given: dict[str, Any]) -> Sample:
+    """What a random operation draws, by torch's own names of its arguments."""
+    overload = func._overloadname
+    if name == "normal_" or (name == "normal" and overload.startswith("float_float")):
+        mean, std = given.get("mean", 0.0), given.get("std", 1.0)
+        return Sample(f"normal_{words(mean=mean)} std={std:.4g}", parse_normal(std, mean, name="std"))
+    if name == "uniform_":
+        low, high = given.get("from", 0.0), given.get("to", 1.0)
+        return Sample(f"uniform_ {low:.4g} to {high:.4g}", parse_uniform((low, high), names=("a", "b")))
+    if name in ("randn", "randn_like"):
+        return Sample(name, parse_normal(1.0, 0.0, name="std"))
+    if name in ("rand", "rand_like"):
+        return Sample(name, parse_uniform((0.0, 1.0), names=("a", "b")))
+    if name == "bernoulli_" and overload == "float":
+        p = parse_number("p", given.get("p", 0.5), least=0)
+        return Sample(f"bernoulli_ p={p:.4g}", UNIT, lambda u: (u < p) | (p >= 1))
+    if name == "random_" and "to" in given:
+        return integers(name, given.get("from", 0), given["to"])
+    if name in ("randint", "randint_like") and "Tensor" not in overload:
+        return integers(name, given.get("low", 0), given["high"])
+    if name == "randperm":
+        if given["n"] > SCRATCH:
+            raise ValueError(f"n must be at most 2**21 in streams, got {given['n']!r}")
+        return Sample(name, UNIT, lambda u: u.argsort(stable=True))
+    raise ValueError(f"a recipe in streams must draw by {KNOWN}, got {func}")
+
+
+UNIT = parse_uniform((0.0, 1.0))
+
+
+def integers(name: str, low: int, high: int) -> Sample:
+    """All of [low, high) alike, as far as 53 bits can divide them."""
+    count = high - low
+    if not 0 < count <= 2**53:
+        raise ValueError(f"high must be beyond low, by at most 2**53, got {low!r} and {high!r}")
+    draw = parse_uniform((0.0, float(count)))
+    return Sample(f"{name} {low} to {high}", draw, lambda u: u.floor_().clamp_(max=count - 1).add_(low))
+
+
+def words(mean: float) -> str:
+    return f" mean={mean:.4g}" if mean else ""
+
+
+def draw_text(draw: Draw) -> str:
+    """As the recipe of a model would have it: "normal std=0.02"."""
+    if isinstance(draw, Uniform):
+        return f"uniform {draw.low:.4g} to {draw.high:.4g}"
+    text = f"normal{words(draw.mean)} std={draw.stddev:.4g}"
+    bounds = (draw.lower, draw.upper)
+    return (
+        text if bounds == (-math.inf, math.inf) else f"truncated {text} in {bounds[0]:.4g} to {bounds[1]:.4g}"
+    )
+
+
+def memory(tensor: Any) -> torch.Tensor:
+    """The memory of this rank."""
+    local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
+
+
+def span(local: torch.Tensor) -> tuple[int, int]:
+    """Where its first element lies in the storage, and where the last one ends."""
+    reach = sum((length - 1) * stride for length, stride in zip(local.shape, local.stride(), strict=True))
+    return local.storage_offset(), local.storage_offset() + reach + 1
+
+
+def storage_of(tensor: Any) -> int:
+    """A number of its storage; 0 where it has none of its own, as a sparse one."""
+    local = memory(tensor)
+    return local.untyped_storage()._cdata if local.layout is torch.strided else 0
+
+
+def tensors_in(value: Any) -> list[Any]:
+    return [leaf for leaf in tree_iter(value) if isinstance(leaf, torch.Tensor)]
+
+
+@cache
+def mutable(func: Any) -> tuple[int, ...]:
+    """The places of the arguments that an operation writes to."""
+    arguments = func._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def argument(func: Any, i: int, args: Any, kwargs: Any) -> Any:
+    return args[i] if i < len(args) else kwargs.get(func._schema.arguments[i].name)
+
+
+def version(tensor: Any) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_sharded(tensor: Any) -> bool:
+    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def refuse_shards(name: str) -> None:
+    raise ValueError(
+        "random numbers on a plain temporary must not become one rank's shard, as all ranks draw the same; "
+        f"draw on the parameter, or on an empty_like of it, got {name}"
+    )

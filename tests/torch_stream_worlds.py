@@ -1,0 +1,161 @@
+"""What the processes of test_torch_streams_distributed.py do. No test is here: a process imports it alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch_worlds
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import gpuinit.torch as gt
+
+SEED = 7
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 13)
+        self.down = nn.Linear(13, 8)
+        self.norm = nn.LayerNorm(8)
+
+
+class Net(nn.Module):
+    """Lengths that no world divides, one shorter than the worlds, and every way to draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=7)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.fused = nn.Parameter(torch.empty(12, 8))
+        self.decay = nn.Parameter(torch.empty(5))
+        self.like = nn.Parameter(torch.empty(5, 2))
+        self.one = nn.Parameter(torch.empty(1, 8, dtype=torch.bfloat16))
+        self.register_buffer("table", torch.empty(9))
+
+    def init_weights(self) -> None:
+        torch.randn(dist.get_rank() + 1)  # ranks need not be in step
+        nn.init.normal_(self.embed.weight)
+        for block in self.blocks:
+            nn.init.trunc_normal_(block.up.weight, std=0.02)
+            block.down.reset_parameters()
+            nn.init.zeros_(block.up.bias)
+            nn.init.ones_(block.norm.weight)
+            nn.init.zeros_(block.norm.bias)
+        self.fused.copy_(torch.cat([torch.randn(6, 8), torch.rand(6, 8) * 2]))
+        self.decay.copy_(torch.empty_like(self.decay).uniform_(1, 16).mul_(2))
+        self.like.copy_(torch.randn_like(self.like))
+        nn.init.kaiming_uniform_(self.one)
+        self.table.uniform_()
+
+
+def on_meta() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+def sharded(mesh: Any) -> Net:
+    model = on_meta()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def both(square: Any) -> Net:
+    """Tensor parallel, then sharded."""
+    model = on_meta()
+    for block in model.blocks:
+        parallelize_module(block, square["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(block, mesh=square["dp"])
+    fully_shard(model, mesh=square["dp"])
+    return model
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    found = torch_worlds.full_digests(model)
+    return found | {name: torch_worlds.digest(buffer) for name, buffer in model.named_buffers()}
+
+
+def initialised(model: nn.Module) -> dict[str, Any]:
+    """Its weights, and the report, of a recipe that was run without a collective."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(77)
+    torch.manual_seed(dist.get_rank())
+    with (
+        torch_worlds.NoCollectives(),
+        gt.streams(model, SEED) as report,
+        torch.no_grad(),
+        implicit_replication(),
+    ):
+        model.init_weights()
+    return {"digests": digests(model), "report": [tuple(row) for row in report]}
+
+
+def draws(mesh: Any) -> dict[str, str]:
+    """The digest of a parameter of (6, 8), sharded, after draws of many kinds; or what was refused."""
+    recipes: dict[str, Callable[[Any], Any]] = {
+        "whole": lambda w: w.normal_(),
+        "local": lambda w: w.to_local().normal_(),
+        "columns": lambda w: [part.normal_() for part in w.chunk(2, 1)],
+        "transposed": lambda w: w.t().normal_(),
+        "local rows": lambda w: [row.normal_() for row in w.to_local()],
+        "given to a shard": lambda w: w.to_local().copy_(torch.randn(w.to_local().shape)),
+        "a shard of its own": lambda w: w.copy_(
+            DTensor.from_local(torch.randn(w.to_local().shape) * 0.1, mesh, [Shard(0)])
+        ),
+        "distributed": lambda w: w.copy_(distribute_tensor(torch.randn(6, 8), mesh, [Shard(0)])),
+    }
+    found = {}
+    for name, recipe in recipes.items():
+        module = nn.Module()
+        module.w = nn.Parameter(distribute_tensor(torch.full((6, 8), 77.0), mesh, [Shard(0)]))
+        try:
+            with gt.streams(module, SEED) as report, torch.no_grad():
+                recipe(module.w)
+            found[name] = torch_worlds.digest(module.w.full_tensor()) + " " + report[0].written
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(minutes=5), rank=rank, world_size=world
+    )
+    mesh = init_device_mesh("cpu", (world,))
+    models = {"bare": on_meta(), "fully_shard": sharded(mesh)}
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        models |= {"hybrid sharding, 2x2": sharded(square), "tensor parallel and fully_shard": both(square)}
+    found = {
+        "models": {name: initialised(model) for name, model in models.items()},
+        "draws": draws(mesh),
+        "seed": seed_of_none(models["fully_shard"]),
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort while the interpreter ends
+
+
+def seed_of_none(model: nn.Module) -> str:
+    try:
+        with gt.streams(model, None):
+            return "nothing was raised"
+    except ValueError as error:
+        return str(error)
