@@ -134,8 +134,7 @@ def refuse_uncovered(
         lines += [f"and {left} more"] if left else []
         listing = "\n".join([f"{len(names)} parameters:", *lines])
     raise ValueError(
-        f"rules must cover every parameter; append [{', '.join(pairs)}], or pass strict=False to "
-        f"skip them, got none for {listing}"
+        f"{wanted}; append [{', '.join(pairs)}], or pass strict=False to skip them, got none for {listing}"
     )
 
 

@@ -1,4 +1,4 @@
-"""examples/torch_large_model.py runs, and shows what it says it shows."""
+"""examples/torch_*.py run, and show what they say they show: one digest on any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,42 @@ import pytest
 pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 pytest.importorskip("torch.distributed.tensor", reason="torch is built without torch.distributed")
 
-EXAMPLE = Path(__file__).parent.parent / "examples/torch_large_model.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(example, ranks, options=()):
+    """The lines, and the digest of the last one."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*start, str(EXAMPLES / example), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return lines, re.fullmatch(rf"{ranks} ranks, digest ([0-9a-f]{{16}})", lines[-1])[1]
 
 
 def test_it_prints_one_digest_on_any_number_of_ranks():
     digests = []
     for ranks, options in ((1, []), (2, []), (2, ["--cpu-offload"])):
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*run, str(EXAMPLE), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
+        lines, digest = run("torch_large_model.py", ranks, options)
         assert "27 parameters, 164,096 elements" in lines
         (row,) = [line for line in lines if line.startswith("embed.weight")]  # older ones of gloo print too
         assert re.fullmatch(r"embed\.weight +1000x64 +float32 +truncated_normal_ +0\.02", row)
-        digests.append(re.fullmatch(rf"{ranks} ranks, digest ([0-9a-f]{{16}})", lines[-1])[1])
+        digests.append(digest)
+    assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(
+    ("library", "told"),
+    [
+        ("transformers", ["21 parameters, 220,480 elements", "Ran LlamaForCausalLM.initialize_weights."]),
+        ("torchtitan", ["17 parameters, 2,753,792 elements", "Ran Llama3Model.init_states."]),
+    ],
+)
+def test_a_llama_s_own_recipe_gives_the_same_weights_on_one_two_and_four_ranks(library, told):
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install {library}")
+    digests = []
+    for ranks in (1, 2, 4):
+        lines, digest = run(f"torch_{library}_llama.py", ranks)
+        assert set(told) <= set(lines)
+        digests.append(digest)
     assert len(set(digests)) == 1

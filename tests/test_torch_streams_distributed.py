@@ -80,8 +80,25 @@ def test_every_rank_has_the_report_of_one_process(world):
 def test_views_of_a_sharded_parameter(world):
     expected = digest(gt.init.normal_(torch.empty(6, 8), seed=SEED, name="w"))
     for found in world:
-        for name in ("whole", "local", "columns", "transposed", "local rows"):
+        for name in ("whole", "local", "columns", "transposed", "local rows", *ACROSS):
             assert found["draws"][name].split()[0] == expected, name
+
+
+ACROSS = ("rows by number", "row slices", "row chunks")
+
+
+def test_a_write_to_a_slice_across_the_shards_is_not_lost(world):
+    """torch gathers such a slice, and forgets what is written to it, as transformers does to padding rows."""
+    padded, scaled = (gt.init.normal_(torch.empty(6, 8), seed=SEED, name="w") for _ in range(2))
+    padded[4] = 0
+    scaled[1:3] *= 2
+    for found in world:
+        assert found["draws"]["a padding row"].split()[0] == digest(padded)
+        assert found["draws"]["a scaled row"].split()[0] == digest(scaled)
+        for name in ("a copied row", "a row of rows", "every other row") if len(world) > 1 else ():
+            assert found["draws"][name].startswith(
+                "ValueError: a write to a part of a sharded parameter must be"
+            ), name
 
 
 def test_what_each_rank_would_draw_for_its_own_shard_is_refused(world):

@@ -61,6 +61,17 @@ def locate(local: torch.Tensor, axes: list[list[Stretch]], path: tuple[int, ...]
     return Part(local, tuple(stretches[number].start for stretches, number in zip(axes, path, strict=True)))
 
 
+def local_slices(tensor: Any, axis: int, start: int, length: int) -> list[torch.Tensor]:
+    """The memory on this rank of tensor.narrow(axis, start, length)."""
+    found = []
+    for part, starts in parts(tensor)[1]:
+        first = max(start, starts[axis])
+        end = min(start + length, starts[axis] + part.shape[axis])
+        if first < end:
+            found.append(part.narrow(axis, first - starts[axis], end - first))
+    return found
+
+
 def local_stretches(
     shape: tuple[int, ...],
     mesh_shape: Sequence[int],

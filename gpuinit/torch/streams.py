@@ -29,7 +29,7 @@ from gpuinit.stream import parse_name, parse_seed
 from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
 from gpuinit.torch.init import parse_truncated
 from gpuinit.torch.names import named_parameters, walk
-from gpuinit.torch.shards import is_dtensor
+from gpuinit.torch.shards import is_dtensor, local_slices
 from gpuinit.torch.views import Place, places
 
 aten = torch.ops.aten
@@ -67,6 +67,16 @@ class Found(NamedTuple):
             return f"{self.name}@"
         first = self.places[0]
         return f"{self.name}@{first.offset}{list(first.tensor.shape)}{list(first.strides)}"
+
+
+class Copy(NamedTuple):
+    """What a view of a sharded parameter is where it goes across the shards, which are gathered for it."""
+
+    storage: StorageWeakRef
+    name: str
+    parameter: Any
+    # Of every view of it, by offset and shape: this rank's memory of what it is a copy of, where known.
+    slices: dict[tuple[int, torch.Size], list[torch.Tensor]]
 
 
 class Write(NamedTuple):
@@ -187,6 +197,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         self.groups: dict[int, Group] = {}  # by storage
         self.plain: set[int] = set()  # storages of these that are no DTensor's: alike on all ranks
         self.settled: dict[int, tuple[StorageWeakRef, str]] = {}  # those that were, and how they were made
+        self.copies: dict[int, Copy] = {}
         self.counts: Counter[str] = Counter()  # temporaries that reached a place
         self.number = self.lost = 0
         self.scan()
@@ -248,6 +259,10 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             check(tensor)
         elif overlaps(local):
             raise ValueError(f"tensor must not hold elements that share memory, got shape {local.shape}")
+        if storage_of(tensor) in self.copies:
+            for part in self.local_parts(tensor, sample.text):
+                self.draw(part, sample)
+            return tensor
         found = None if fresh else self.find(tensor) or self.find(tensor, again=True)
         if found is None and (names := [other.name for other in self.inside(local)]):
             raise ValueError(
@@ -346,6 +361,10 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
     def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Any other operation: whether it writes to a parameter, and what it does with temporaries."""
         changed = [tensor for i in mutable(func) for tensor in tensors_in(argument(func, i, args, kwargs))]
+        if func.is_view and is_sharded(args[0]):
+            return self.view(func, args, kwargs)
+        if any(storage_of(tensor) in self.copies for tensor in changed):
+            return self.change_copy(func, args, kwargs)
         if not changed and not self.groups and not self.settled:
             return func(*args, **kwargs)
         owned = [(found, tensor) for tensor in changed for found in self.written(tensor)]
@@ -379,6 +398,53 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 made = StorageWeakRef(memory(tensor).untyped_storage())
                 self.settled.setdefault(storage_of(tensor), (made, ", ".join(made_of)))
         return result
+
+    # Views of sharded parameters
+
+    def view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A view of a DTensor. One across the shards is gathered: a copy, and writes to it would be lost."""
+        result = func(*args, **kwargs)
+        found = self.find(args[0])
+        if found is None:
+            return result
+        cuts = None
+        if found.whole and args[0].shape == found.parameter.shape:
+            cuts = find_cuts(func.overloadpacket.__name__, args, kwargs)
+        for i, tensor in enumerate(tensors_in(result)):
+            local, storage = memory(tensor), memory(tensor).untyped_storage()
+            if storage._cdata != storage_of(args[0]):
+                copy = Copy(StorageWeakRef(storage), found.name, found.parameter, {})
+                copy = self.copies.setdefault(storage._cdata, copy)
+                if cuts is not None:
+                    slices = local_slices(found.parameter, *cuts[i])
+                    copy.slices[local.storage_offset(), local.shape] = slices
+        return result
+
+    def local_parts(self, tensor: Any, text: str) -> list[torch.Tensor]:
+        """The memory that a write to such a copy is meant for."""
+        copy, local = self.copies[storage_of(tensor)], memory(tensor)
+        slices = copy.slices.get((local.storage_offset(), local.shape))
+        if slices is None:
+            raise ValueError(
+                "a write to a part of a sharded parameter must be to a slice of it, as others are copies, "
+                f"got {text} on a part of {copy.name}"
+            )
+        self.note(Write(text, None, "", Found(copy.name, copy.parameter, [], False), False))
+        return slices
+
+    def change_copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation in place on such a copy: on each rank's memory of these places too."""
+        name = func.overloadpacket.__name__
+        by_element = name in ("zero_", "fill_") or torch.Tag.pointwise in func.tags
+        if not by_element or tensors_in((args[1:], kwargs)):
+            copy = next(c for t in tensors_in(args) if (c := self.copies.get(storage_of(t))) is not None)
+            raise ValueError(
+                "a write to a part of a sharded parameter must be a draw or of one number, as the part is a "
+                f"copy there, got {func} on a part of {copy.name}"
+            )
+        for part in self.local_parts(args[0], name):
+            func(part, *args[1:], **kwargs)
+        return func(*args, **kwargs)
 
     def record(
         self, func: Any, name: str, args: Any, kwargs: Any, given: Any, changed: Any, drawn: Any
@@ -541,6 +607,31 @@ def row_of(name: str, tensor: Any, writes: list[Write]) -> Row:
     if any(write.drawn == "temporary" for write in writes):
         written = "temporary"
     return Row(name, shape, dtype, ", ".join(texts), std, written)
+
+
+def find_cuts(name: str, args: Any, kwargs: Any) -> list[tuple[int, int, int]] | None:
+    """Axis, start and length of every output of an operation that cuts a tensor; None for others."""
+    tensor: Any = args[0]
+    rest: list[Any] = [*args[1:], *kwargs.values()]
+    if name == "select":
+        axis, index = rest
+        return [(axis % tensor.ndim, index % tensor.shape[axis], 1)]
+    if name == "slice":
+        defaults: list[Any] = [0, None, None, 1]
+        axis, start, end, step = rest + defaults[len(rest) :]
+        first, last, step = slice(start, end, step).indices(tensor.shape[axis])
+        return [(axis % tensor.ndim, first, max(0, last - first))] if step == 1 else None
+    if name == "unbind":
+        axis = rest[0] if rest else 0
+        return [(axis % tensor.ndim, i, 1) for i in range(tensor.shape[axis])]
+    if name in ("split", "split_with_sizes"):
+        size, axis = (*rest, 0)[:2]
+        length = tensor.shape[axis]
+        sizes = [size] * -(-length // size) if isinstance(size, int) else size
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        ends = [*starts[1:], length]
+        return [(axis % tensor.ndim, start, end - start) for start, end in zip(starts, ends, strict=True)]
+    return None
 
 
 def find_sample(func: Any, name: str, given: dict[str, Any]) -> Sample:
