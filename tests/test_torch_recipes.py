@@ -70,7 +70,12 @@ def test_a_model_s_own_entry_is_run(name):
     assert tobytes(model.layer.weight) == tobytes(normal((4, 4), "layer.weight", 0.1, 3))
     assert tobytes(model.other.weight) == tobytes(normal((4, 4), "other.weight", 0.2, 3))
     assert (model.layer.bias == 1).all()
-    assert report.notes == [f"Ran Model.{name}."]
+    told = (
+        "Ran Model.init_states."
+        if name == "init_states"
+        else f"Reset the parts of Model, then ran its {name}."
+    )
+    assert report.notes == [told]
     assert [row.written for row in report] == ["whole"] * 4
 
 
@@ -82,7 +87,7 @@ def test_it_is_found_below_wrappers_and_other_modules():
     report = gt.initialize_(nn.ModuleDict({"a": second, "b": poisoned(nn.Linear(2, 2))}), recipe="own")
     assert tobytes(second.layer.weight) == tobytes(normal((4, 4), "a.layer.weight", 0.1))
     assert [row.written for row in report] == ["whole"] * 6
-    assert report.notes[0] == "Ran Model.init_weights."
+    assert report.notes[0] == "Reset the parts of Model, then ran its init_weights."
 
 
 class Each(nn.Module):
@@ -111,7 +116,8 @@ def test_a_method_for_each_module_is_applied():
     expected[2] = 0
     assert tobytes(model.embed.weight) == tobytes(expected)
     assert [row.written for row in report] == ["whole"] * 5
-    assert report.notes == ["Ran Each._init_weights on every module; its constructor may do more."]
+    told = "Reset the parts of Each, then ran its _init_weights on each; its constructor may do more."
+    assert report.notes == [told]
 
 
 def test_without_one_the_parts_are_reset_and_that_is_told():
@@ -127,9 +133,48 @@ def test_without_one_the_parts_are_reset_and_that_is_told():
     assert tobytes(model[3].weight) == tobytes(normal((2, 4), "3.weight", 0.5))
     assert [row.written for row in report] == ["whole"] * len(report)
     assert report.notes == [
-        "Sequential has no recipe to run again: its parts were reset one by one, without what its "
-        "constructor does beyond that."
+        "Reset the parts of Sequential, which has no recipe of its own; its constructor may do more."
     ]
+
+
+class Partly(nn.Module):
+    """As timm's resnet: its own recipe is for some of the parts, after the constructors of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 3)
+        self.norm = nn.BatchNorm1d(2)
+        self.head = whole("init_weights")
+
+    def init_weights(self):
+        nn.init.normal_(self.conv.weight)
+        nn.init.zeros_(self.norm.weight)
+
+
+def test_parts_that_a_recipe_leaves_out_are_as_their_constructors_have_them():
+    model = poisoned(Partly())
+    report = gt.initialize_(model, recipe="own")
+    assert [row.written for row in report] == ["whole"] * 8
+    assert tobytes(model.conv.weight) == tobytes(normal((2, 2, 3), "conv.weight"))
+    assert tobytes(model.conv.bias) == tobytes(uniform((2,), "conv.bias", 1 / math.sqrt(6)))
+    assert not model.norm.weight.any()
+    assert (model.norm.running_var == 1).all()
+    assert tobytes(model.head.layer.weight) == tobytes(normal((4, 4), "head.layer.weight", 0.1))
+
+
+def test_a_parameter_whose_memory_is_replaced_and_then_written_is_told():
+    """As transformers does to biases that are tied."""
+
+    def recipe(model):
+        model.bias.data = torch.empty(4)
+        nn.init.zeros_(model.bias)
+        model.weight.data = torch.empty(4, 4)
+        nn.init.normal_(model.weight)
+
+    model = poisoned(nn.Linear(4, 4))
+    report = gt.initialize_(model, recipe=recipe)
+    assert [(row.rule, row.written) for row in report] == [("normal_ std=1", "whole"), ("zero_", "whole")]
+    assert tobytes(model.weight) == tobytes(normal((4, 4), "weight"))
 
 
 def test_an_entry_that_needs_arguments_is_none():

@@ -14,7 +14,8 @@ from torch import nn
 from gpuinit.torch.names import is_wrapper, named_parameters
 from gpuinit.torch.shards import is_dtensor
 
-WHOLE = ("init_states", "init_weights", "initialize_weights")  # torchtitan's; timm's and many a model's
+TITAN = ("init_states",)  # torchtitan's
+WHOLE = ("init_weights", "initialize_weights")  # timm's and many a model's
 EACH = ("_init_weights", "init_weights")  # given one module after the other: minGPT's and timm's
 OWN = ("reset_parameters", "_reset_parameters")  # of one layer: torch's, and those of its attention
 
@@ -34,7 +35,7 @@ def run_recipe(module: nn.Module, recipe: Any) -> list[str]:
 
 
 def run_own(module: nn.Module) -> list[str]:
-    """The entry of the model, or else those of its parts."""
+    """What the parts have, then what they are in has, as when it was built."""
     done: dict[str, None] = {}  # notes, each once
     seen: set[nn.Module] = set()
 
@@ -42,30 +43,30 @@ def run_own(module: nn.Module) -> list[str]:
         if part in seen:
             return
         seen.add(part)
+        name = bare_class(part).__name__
         if is_transformers(part):
             done.update(dict.fromkeys(run_transformers(part)))
             return
-        whole = entry(part, WHOLE, 0)
-        if whole is not None:
-            getattr(part, whole)()
-            done[f"Ran {bare_class(part).__name__}.{whole}."] = None
+        if entry(part, TITAN, 0):  # it goes to all parts by itself
+            part.init_states()
+            done[f"Ran {name}.init_states."] = None
             return
-        each = entry(part, EACH, 1)
-        if each is not None:
+        for child in part.children():  # before what has them, as in a constructor
+            visit(child)
+        if own := entry(part, OWN, 0):
+            getattr(part, own)()
+        each, whole = entry(part, EACH, 1), entry(part, WHOLE, 0)
+        if whole:
+            getattr(part, whole)()
+            done[f"Reset the parts of {name}, then ran its {whole}."] = None
+        elif each:
             part.apply(getattr(part, each))
-            done[f"Ran {bare_class(part).__name__}.{each} on every module; its constructor may do more."] = (
+            done[f"Reset the parts of {name}, then ran its {each} on each; its constructor may do more."] = (
                 None
             )
-            return
-        for child in part.children():
-            visit(child)
-        own = entry(part, OWN, 0)  # after those of its children, as in a constructor
-        if own is not None:
-            getattr(part, own)()
-        elif part is bare(module):
+        elif part is bare(module) and not own:
             done[
-                f"{bare_class(part).__name__} has no recipe to run again: its parts were reset one by one, "
-                "without what its constructor does beyond that."
+                f"Reset the parts of {name}, which has no recipe of its own; its constructor may do more."
             ] = None
 
     visit(module)
@@ -110,14 +111,13 @@ def is_transformers(module: nn.Module) -> bool:
 def run_transformers(model: Any) -> list[str]:
     """`initialize_weights` of transformers, as of a model that is new, with its weights tied."""
     notes = [f"Ran {bare_class(model).__name__}.initialize_weights."]
-    for part in model.modules():  # what is marked so, would be skipped
-        for marked in (part, *part.parameters(recurse=False), *part.buffers(recurse=False)):
-            vars(marked).pop("_is_hf_initialized", None)
     # to_empty has untied them; a recipe may write both, and which one is last is the recipe's.
     model.tie_weights()
+    for part in model.modules():  # what is marked so, by tying too, would be skipped
+        for marked in (part, *part.parameters(recurse=False), *part.buffers(recurse=False)):
+            vars(marked).pop("_is_hf_initialized", None)
     with as_transformers_own(model) as note:
         model.initialize_weights()
-    model.tie_weights()
     return notes + note
 
 

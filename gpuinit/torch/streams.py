@@ -198,6 +198,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         self.plain: set[int] = set()  # storages of these that are no DTensor's: alike on all ranks
         self.settled: dict[int, tuple[StorageWeakRef, str]] = {}  # those that were, and how they were made
         self.copies: dict[int, Copy] = {}
+        self.others: dict[int, tuple[StorageWeakRef, Write]] = {}  # the last write to other storages
         self.counts: Counter[str] = Counter()  # temporaries that reached a place
         self.number = self.lost = 0
         self.scan()
@@ -383,16 +384,21 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             self.settle(self.join(drawn), found, name)
         made_of = {self.settled[storage_of(t)][1]: None for t in given if storage_of(t) in self.settled}
         result = func(*args, **kwargs)
+        text, std, overwrites = name, None, name in OVERWRITING
+        if name in ("zero_", "fill_"):
+            value = 0 if name == "zero_" else argument(func, 1, args, kwargs)
+            text, std = f"{name}{'' if name == 'zero_' else f' {value:.4g}'}", 0.0
+        if made_of:
+            text = ", ".join([*made_of, name])
         for found, _ in owned:
-            text, std = name, None
-            if name in ("zero_", "fill_"):
-                value = 0 if name == "zero_" else argument(func, 1, args, kwargs)
-                text, std = f"{name}{'' if name == 'zero_' else f' {value:.4g}'}", 0.0
-            if made_of:
-                text = ", ".join([*made_of, name])
-            elif found.whole and name in OVERWRITING:
+            if found.whole and overwrites and not made_of:
                 self.forget(found.name)
-            self.note(Write(text, std, "temporary" if made_of else "", found, name in OVERWRITING))
+            self.note(Write(text, std, "temporary" if made_of else "", found, overwrites))
+        for tensor in changed if not owned else ():
+            storage = memory(tensor).untyped_storage()
+            found = Found("", None, [], memory(tensor).numel() * tensor.element_size() == storage.nbytes())
+            write = Write(text, std, "temporary" if made_of else "", found, overwrites)
+            self.others[storage._cdata] = StorageWeakRef(storage), write
         if made_of and not owned:
             for tensor in tensors_in(result):
                 made = StorageWeakRef(memory(tensor).untyped_storage())
@@ -573,6 +579,8 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             writes = self.log.get(name, [])
             if not writes and (found := self.find(tensor)) is not None:  # a view of another one
                 writes = self.log.get(found.name, [])
+            if not writes and storage_of(tensor) in self.others:  # one that has become a parameter since
+                writes = [self.others[storage_of(tensor)][1]]
             if name in parameters or any(write.drawn for write in writes):
                 report.append(row_of(name, tensor, writes))
         missing = [row.name for row in report if row.written == "not written"]
