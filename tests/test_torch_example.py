@@ -1,4 +1,4 @@
-"""examples/torch_*.py run, and show what they say they show: one digest on any number of ranks."""
+"""examples/torch_*.py run, and show what they say they show; README.md's code for torch runs too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 pytest.importorskip("torch.distributed.tensor", reason="torch is built without torch.distributed")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def run(example, ranks, options=()):
@@ -51,3 +52,10 @@ def test_a_llama_s_own_recipe_gives_the_same_weights_on_one_two_and_four_ranks(l
         assert set(told) <= set(lines)
         digests.append(digest)
     assert len(set(digests)) == 1
+
+
+def test_the_readme_s_code_for_torch_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "import torch" in block]
+    exec(compile(code, "README.md", "exec"), {})
