@@ -211,6 +211,29 @@ def test_other_threads_draw_as_ever():
     assert row(report).written == "whole"
 
 
+def test_blocks_in_two_threads_do_not_take_each_other_s_truncated_normal():
+    """The first to begin ends first; the other goes on."""
+    made = [model(w=SHAPE), model(w=SHAPE)]
+    began, ended = threading.Event(), threading.Event()
+
+    def second():
+        with gt.streams(made[1]):
+            began.set()
+            ended.wait(10)
+            nn.init.trunc_normal_(made[1].w, a=-0.5, b=0.5)
+
+    thread = threading.Thread(target=second)
+    original = nn.init._no_grad_trunc_normal_
+    with gt.streams(made[0]):
+        thread.start()
+        began.wait(10)
+        nn.init.trunc_normal_(made[0].w, a=-0.5, b=0.5)
+    ended.set()
+    thread.join()
+    assert tobytes(made[0].w) == tobytes(made[1].w)
+    assert nn.init._no_grad_trunc_normal_ is original
+
+
 def integers_of(made):
     made.w.bernoulli_(0.25)
     made.v.random_(3, 9)

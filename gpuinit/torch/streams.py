@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from gpuinit.distributions import Draw, Uniform, find_sampling, parse_normal, parse_number, parse_uniform
@@ -108,7 +109,7 @@ class Group:
 
     def take(self, other: Group) -> None:
         """All that another has."""
-        self.steps = sorted(self.steps + other.steps)
+        self.steps += other.steps
         self.words += other.words
         self.storages |= other.storages
         self.before += other.before
@@ -158,7 +159,7 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
     mode = Streams(module, parse_seed(draw_seed() if seed is None else seed))
     token = within.set(mode)
     try:
-        with one_truncated_draw(mode), mode:
+        with one_truncated_draw(), mode:
             yield report
         mode.settle_parameters()
     finally:
@@ -167,23 +168,37 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
 
 
 @contextmanager
-def one_truncated_draw(mode: Streams) -> Iterator[None]:
+def one_truncated_draw() -> Iterator[None]:
     """In place of the loop that `trunc_normal_` is below. All its callers come to this one function."""
-    original = nn.init._no_grad_trunc_normal_
-
-    def truncated(
-        tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
-    ) -> torch.Tensor:
-        if mode not in _get_current_dispatch_mode_stack():  # of another thread
-            return original(tensor, mean, std, a, b, generator)
-        text = f"trunc_normal_{words(mean=mean)} std={std:.4g} a={a:.4g} b={b:.4g}"
-        return mode.draw_above(tensor, Sample(text, parse_truncated(mean, std, a, b)))
-
-    nn.init._no_grad_trunc_normal_ = truncated
+    with replacing:
+        if not replaced:
+            replaced.append(nn.init._no_grad_trunc_normal_)
+            nn.init._no_grad_trunc_normal_ = truncated
+        blocks.append(None)
     try:
         yield
     finally:
-        nn.init._no_grad_trunc_normal_ = original
+        with replacing:
+            blocks.pop()
+            if not blocks:
+                nn.init._no_grad_trunc_normal_ = replaced.pop()
+
+
+replacing = Lock()
+replaced: list[Callable[..., torch.Tensor]] = []  # torch's own, while there are blocks, in any threads
+blocks: list[None] = []
+
+
+def truncated(
+    tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+) -> torch.Tensor:
+    recipe = within.get()
+    if recipe is None:  # of another thread
+        original = replaced[0] if replaced else nn.init._no_grad_trunc_normal_
+        return original(tensor, mean, std, a, b, generator)
+    text = f"trunc_normal_{words(mean=mean)} std={std:.4g} a={a:.4g} b={b:.4g}"
+    made: torch.Tensor = recipe.draw_above(tensor, Sample(text, parse_truncated(mean, std, a, b)))
+    return made
 
 
 class Streams(TorchDispatchMode):  # type: ignore[misc]
