@@ -472,12 +472,10 @@ def causes(model: nn.Module, row: dict[str, Any]) -> dict[str, str]:
     }
     found_there = row.get("siblings", {"not written": [], "notes": []})
     unwritten = set(found_there["not written"])
-    everything = (
-        set(named(model)) if "no recipe to run again" in " ".join(found_there["notes"]) else set[str]()
-    )
+    everything = set(named(model)) if "no recipe of its own" in " ".join(found_there["notes"]) else set[str]()
     reasons = [
         (("recipe", *SIBLINGS), unwritten, "only the constructor writes it, not the recipe"),
-        (("recipe", "fit"), everything, "its library has no recipe to run again, only a constructor"),
+        (("recipe", "fit"), everything, "only its constructor has a recipe, of functions outside it"),
         (
             ("the recipe backwards", "registered backwards"),
             tied & padded,

@@ -182,7 +182,7 @@ def test_trunc_normal_is_one_draw_also_where_its_name_was_imported():
 
     made = model(w=SHAPE)
     version = made.w._version
-    report = run(made, lambda made: trunc_normal_(made.w, std=2.0, a=-1.0, b=1.5))
+    report = run(made, lambda made: trunc_normal_(made.w.t(), std=2.0, a=-1.0, b=1.5))
     assert row(report).rule == "trunc_normal_ std=2 a=-1 b=1.5"
     assert made.w._version > version
     assert nn.init._no_grad_trunc_normal_ is original
@@ -266,6 +266,17 @@ def test_bernoulli_at_its_ends(p):
     assert (made.w == p).all()
 
 
+def test_both_ends_of_the_uniform_weight_make_values_that_there_are():
+    """They are drawn once in 2**53 weights."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for p in (0, 1):
+        sample = find_sample(torch.ops.aten.bernoulli_.float, "bernoulli_", {"p": p})
+        assert sample.finish(ends).tolist() == [p, p]
+    sample = find_sample(torch.ops.aten.random_.to, "random_", {"from": 3, "to": 9})
+    assert (sample.draw.low, sample.draw.high) == (0, 6)
+    assert sample.finish(6 * ends).tolist() == [3, 8]
+
+
 # Names
 
 
@@ -312,7 +323,7 @@ def test_a_freed_address_is_no_parameter():
     made = model(w=(512, 512))
 
     def recipe(made):
-        made.w = nn.Parameter(torch.full((512, 512), 5.0))
+        made.w.data = torch.full((512, 512), 5.0)
         for _ in range(20):
             torch.empty(512, 512).normal_()
 
@@ -437,6 +448,21 @@ def test_temporaries_that_meet_are_told_apart():
     made = model(w=SHAPE)
     run(made, lambda made: made.w.copy_(torch.cat([torch.randn(3, 8), torch.randn(3, 8)])))
     assert tobytes(made.w) == tobytes(torch.cat([normal((3, 8), "w#0"), normal((3, 8), "w#1")]))
+
+
+def test_temporaries_that_have_met_stay_together():
+    def recipe(made):
+        first, second = torch.randn(2, 8), torch.randn(2, 8)
+        both = torch.cat([first, second])
+        second.mul_(2)
+        made.w.copy_(torch.cat([both, second]))
+        made.v.copy_(first)
+
+    made = model(w=SHAPE, v=(2, 8))
+    run(made, recipe)
+    first, second = normal((2, 8), "w#0"), normal((2, 8), "w#1")
+    assert tobytes(made.w) == tobytes(torch.cat([first, second, 2 * second]))
+    assert tobytes(made.v) == tobytes(first)
 
 
 def parts_of_one(made):
