@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import warnings
@@ -656,6 +657,21 @@ def test_a_seed_of_none_is_drawn_from_torch():
 
 
 # Without memory
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_after_the_block_all_is_as_before(wrong):
+    made, tensor = model(w=SHAPE), torch.empty(5)
+    with contextlib.suppress(ZeroDivisionError), gt.streams(made):
+        made.w.data.normal_()
+        if wrong:
+            raise ZeroDivisionError
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append((tobytes(gt.normal_(tensor)), tobytes(torch.randn(5)), tobytes(made.w.data.normal_())))
+    assert found[0] == found[1]
+    assert found[0][2] != tobytes(normal(SHAPE, "w"))
 
 
 def test_meta_and_fake_tensors_are_left_alone():
