@@ -407,7 +407,8 @@ def initialize(
             place of its own seed if it is one of this module's, or a function layer -> initialiser. To add to
             the default rules: [(pattern, initialiser), *DEFAULT_RULES].
         strict: False leaves a weight alone that no rule covers. Weights that are not trainable are left alone
-            then in any case.
+            then in any case. Those of a frozen layer, whose trainable is False, are left alone unless a rule
+            of the caller fits them that says more than "*".
 
     Returns:
         A row for every weight: path, shape, dtype, rule and standard deviation; `print` shows a table.
@@ -435,7 +436,7 @@ def initialize(
             [
                 Uncovered(variable.path, row.shape, type(owners[id(variable)]).__name__)
                 for variable, initializer, row in plan
-                if initializer is None and variable.trainable
+                if row.written == "not written" and variable.trainable
             ]
         )
     for variable, initializer, row in plan:
@@ -453,12 +454,21 @@ def noting(variable: Any) -> Iterator[None]:
         raise
 
 
+def naming(rules: list[Rule]) -> list[Rule]:
+    """The rules as a frozen layer sees them: those of the caller, but for "*"."""
+    return [
+        (pattern, None if pattern == "*" or (pattern, initializer) in DEFAULT_RULES else initializer)
+        for pattern, initializer in rules
+    ]
+
+
 def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any, Row]:
     """The initialiser of one variable, or None, and its row. What can be checked is, and nothing is made."""
     shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
     std = None
+    frozen = not owner.trainable
     with noting(variable):
-        initializer = find_rule(rules, owner, variable.path)
+        initializer = find_rule(naming(rules) if frozen else rules, owner, variable.path)
         if isinstance(initializer, FunctionType):
             initializer = initializer(owner)
         initializer = initializers.get(initializer)
@@ -468,7 +478,7 @@ def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any,
         elif isinstance(initializer, Zeros | Ones | Constant):
             std = 0.0
     rule = "-" if initializer is None else type(initializer).__name__
-    written = "not written" if initializer is None else "whole"
+    written = "whole" if initializer is not None else "frozen" if frozen else "not written"
     return initializer, Row(variable.path, shape, dtype, rule, std, written)
 
 

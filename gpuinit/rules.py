@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from itertools import takewhile
 from math import prod
 from textwrap import wrap
@@ -107,28 +108,31 @@ class Uncovered(NamedTuple):
 
 
 def refuse_uncovered(
-    uncovered: Sequence[Uncovered], wanted: str = "rules must cover every parameter"
+    uncovered: Sequence[Uncovered],
+    wanted: str = "rules must cover every parameter",
+    spared: Sequence[str] = (),
 ) -> None:
+    """Raise where there are any, with rules for them that fit none of those spared."""
     if not uncovered:
         return
-    groups: dict[tuple[str, int], list[Uncovered]] = {}
+    groups: dict[tuple[str, int, str], list[Uncovered]] = {}
     for parameter in uncovered:
         own_name = parameter.name.replace("/", ".").rpartition(".")[2]
         title = f"{parameter.owner}.{own_name}".removeprefix(".")
-        groups.setdefault((title, len(parameter.shape)), []).append(parameter)
+        groups.setdefault((title, len(parameter.shape), parameter.initializer), []).append(parameter)
     names = [parameter.name for parameter in uncovered]
     shown = sorted(groups.items(), key=lambda item: len(item[1]), reverse=True)[:GROUPS_SHOWN]
-    globs = {find_glob(group, names): group for _, group in shown}
-    # What fits others too comes last, as the first that fits is taken.
-    fits = {glob: sum(fnmatchcase(name, glob) for name in names) for glob in globs}
-    order = sorted(globs, key=lambda glob: fits[glob] > len(globs[glob]))
-    pairs = [f'("{glob}", {globs[glob][0].initializer})' for glob in order]
+    pairs = [
+        f'("{glob}", {group[0].initializer})'
+        for _, group in shown
+        for glob in find_globs(group, [*names, *spared])
+    ]
     if len(names) <= NAMES_SHOWN:
         listing = ", ".join(names)
     else:
         lines = [
             f"{title} {group[0].shape}: {len(group)}, e.g. {shorten(group[0].name, NAME_WIDTH)}"
-            for (title, _), group in shown
+            for (title, *_), group in shown
         ]
         left = len(names) - sum(len(group) for _, group in shown)
         lines += [f"and {left} more"] if left else []
@@ -138,12 +142,15 @@ def refuse_uncovered(
     )
 
 
-def find_glob(group: Sequence[Uncovered], names: Sequence[str]) -> str:
-    """A short pattern that fits the names of a group and, where there is one, no others of these."""
+def find_globs(group: Sequence[Uncovered], names: Sequence[str]) -> list[str]:
+    """A short pattern that fits the names of a group and no others of these, or some of the names."""
     wanted = {parameter.name for parameter in group}
     ends = zip(*(name[::-1] for name in wanted), strict=False)
     end = "".join(letter for letter, *_ in takewhile(lambda letters: len({*letters}) == 1, ends))[::-1]
     starts = [place for place in reversed(range(len(end))) if end[place] in "./"]
-    globs = [*(f"*{end[start:]}" for start in starts), end if wanted == {end} else f"*{end}"]
+    globs = [*(f"*{escape(end[start:])}" for start in starts), ("" if wanted == {end} else "*") + escape(end)]
     others = set(names) - wanted
-    return next((glob for glob in globs if not any(fnmatchcase(name, glob) for name in others)), globs[-1])
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in others):
+            return [glob]
+    return [escape(parameter.name) for parameter in group[:NAMES_SHOWN]]

@@ -448,6 +448,27 @@ def other_layers():
     check(shared.kernel.value, gpuinit.he_normal, (6, 6), seed=5, name=shared.kernel.path)
 
 
+def frozen():
+    """A layer that is not trainable is left alone, unless a rule of the caller names it."""
+    layers = keras.layers
+    base = keras.Sequential(
+        [layers.Dense(4, name="dense"), layers.BatchNormalization(name="norm")], name="base"
+    )
+    model = keras.Sequential([keras.Input((6,)), base, layers.Dense(3, name="head")], name="model")
+    base.trainable = False
+    soil(model)
+    before = contents(base)
+    for rules in (None, [("*", "ones"), *gpuinit.keras.DEFAULT_RULES]):
+        report = gpuinit.keras.initialize(model, 5, rules)
+        assert contents(base) == before
+        assert {row.name.split("/")[-2] for row in report if row.written == "frozen"} == {"dense", "norm"}
+        assert {row.name.split("/")[-2] for row in report if row.written == "whole"} == {"head"}
+    rules = [("*dense/kernel", "zeros"), *gpuinit.keras.DEFAULT_RULES]
+    gpuinit.keras.initialize(model, 5, rules)
+    assert not as_numpy(base.layers[0].kernel.value).any()
+    assert contents(base)[1:] == before[1:]
+
+
 def checked_before():
     """What cannot be drawn is refused before anything is written, and the error says which variable."""
     layers = keras.layers
@@ -560,7 +581,7 @@ def elsewhere():
     check(jax.jit(traced)(init.seed.state.value), gpuinit.he_normal, (12, 16), seed=6)
 
 
-MODELS = (saved_model, whole_model, recurrent, other_layers, checked_before)
+MODELS = (saved_model, whole_model, recurrent, other_layers, frozen, checked_before)
 for test in (memory, bits, draws, meaning, seeds, configurations, fans, *MODELS, elsewhere):
     test()
 print("equal")

@@ -681,7 +681,7 @@ def test_the_error_counts_what_it_does_not_show():
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 2, bias=False)), '[("*.weight", initialiser)]'),
         (
             lambda: nn.ModuleDict({"a": Own(w=3), "b": Own(w=(3, 4)), "c": nn.ModuleDict({"b": Own(w=3)})}),
-            '[("b.w", initialiser), ("*.w", initialiser)]',
+            '[("a.w", initialiser), ("c.b.w", initialiser), ("b.w", initialiser)]',
         ),
         (
             lambda: nn.ModuleDict({"a": Own(w=3), "b": Scale(w=3)}),
@@ -803,3 +803,45 @@ def test_notes_are_under_the_table():
     assert str(report) == f"{table}\nCompute the buffers again."
     assert isinstance(report, list)
     assert report == gt.initialize_(nn.Linear(3, 3))
+
+
+def test_a_rule_in_the_error_does_not_reach_what_is_frozen():
+    model = nn.ModuleDict({"body": Own(scale=3), "head": Own(scale=3)})
+    model["body"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r'append \[\("head\.scale", initialiser\)\], or pass'):
+        gt.initialize_(model)
+
+
+def test_a_rule_in_the_error_is_for_those_that_it_suits():
+    model = nn.ModuleList([Own(w=(8, 64, 256)), *(Own(w=(1, 1, 256)) for _ in range(3)), Own(**{"a[0]": 2})])
+    with pytest.raises(ValueError, match="rules must cover") as raised:
+        gt.initialize_(model)
+    pairs = re.search(r"append (\[.*\]), or pass", str(raised.value))[1]
+    rules = eval(pairs, {"partial": partial, "he_normal_": gt.he_normal_, "initialiser": nn.init.zeros_})
+    report = gt.initialize_(model, rules=rules)
+    assert [row.rule.partition("(")[0] for row in report] == [
+        "he_normal_",
+        "zeros_",
+        "zeros_",
+        "zeros_",
+        "zeros_",
+    ]
+    assert model[0].w.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
+
+
+def test_the_axes_in_the_error_keep_what_a_partial_has_by_place():
+    rule = partial(gt.variance_scaling_, 3.0, mode="fan_out")
+    with pytest.raises(ValueError, match=r"partial\(variance_scaling_, 3\.0, mode='fan_out', batch_axis=0"):
+        gt.initialize_(Own(w=(8, 64, 256)), rules=[("*", rule)])
+
+
+def test_a_model_of_inference_mode_is_filled_there_or_not_at_all():
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"module must be filled in inference mode.*, got it outside"):
+        gt.initialize_(model)
+    assert weights(model) == before
+    with torch.inference_mode():
+        gt.initialize_(model)
+    assert tobytes(model.weight) == tobytes(gt.he_normal_(torch.empty(4, 4), seed=0, name="weight"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 
@@ -70,12 +70,7 @@ def test_a_model_s_own_entry_is_run(name):
     assert tobytes(model.layer.weight) == tobytes(normal((4, 4), "layer.weight", 0.1, 3))
     assert tobytes(model.other.weight) == tobytes(normal((4, 4), "other.weight", 0.2, 3))
     assert (model.layer.bias == 1).all()
-    told = (
-        "Ran Model.init_states."
-        if name == "init_states"
-        else f"Reset the parts of Model, then ran its {name}."
-    )
-    assert report.notes == [told]
+    assert report.notes == [f"Reset the parts of Model, then ran its {name}."]
     assert [row.written for row in report] == ["whole"] * 4
 
 
@@ -177,12 +172,88 @@ def test_a_parameter_whose_memory_is_replaced_and_then_written_is_told():
     assert tobytes(model.weight) == tobytes(normal((4, 4), "weight"))
 
 
+def set_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.1)
+        nn.init.zeros_(module.bias)
+
+
+ENTRIES = {
+    "static, for each": {"_init_weights": staticmethod(lambda m: set_weights(m))},
+    "static, whole": {"recipe": None, "init_weights": staticmethod(lambda: None)},
+    "of the class": {"_init_weights": classmethod(lambda cls, module: set_weights(module))},
+    "whole, with an underscore": {"_init_weights": lambda self: set_weights(self.layer)},
+    "for each, with options": {"init_weights": lambda self, module, std=1: set_weights(module)},
+    "decorated": {"init_weights": torch.no_grad()(lambda self: set_weights(self.layer))},
+    "a partial": {"init_weights": partialmethod(lambda self, scale: set_weights(self.layer), scale=2)},
+}
+
+
+@pytest.mark.parametrize("methods", ENTRIES.values(), ids=ENTRIES.keys())
+def test_entries_of_every_kind_are_found(methods):
+    def make(self):
+        nn.Module.__init__(self)
+        self.layer = nn.Linear(3, 3)
+
+    model = poisoned(type("Model", (nn.Module,), {"__init__": make, **methods})())
+    report = gt.initialize_(model, recipe="own")
+    assert report.notes[0].startswith("Reset the parts of Model, then ran its ")
+    expected = uniform((3, 3), "layer.weight", 1 / math.sqrt(3))
+    if "recipe" not in methods:
+        expected = normal((3, 3), "layer.weight", 0.1)
+    assert tobytes(model.layer.weight) == tobytes(expected)
+
+
+def test_frozen_parts_are_left_alone_but_for_what_a_recipe_copies_to_them():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+            self.head = nn.Linear(4, 2)
+            self.table = nn.Parameter(torch.empty(3), requires_grad=False)
+            self.noise = nn.Parameter(torch.empty(3), requires_grad=False)
+
+        def init_weights(self):
+            self.table.copy_(torch.arange(3.0))  # as Whisper's sinusoids
+            self.noise.copy_(torch.randn(3))
+            self.noise.mul_(2)
+
+    model = poisoned(Model())
+    model.body.requires_grad_(False)
+    report = gt.initialize_(model, recipe="own")
+    for tensor in (*model.body.parameters(), model.body[1].running_var, model.noise):
+        assert (tensor == 77).all()
+    assert model.table.tolist() == [0, 1, 2]
+    assert tobytes(model.head.weight) == tobytes(uniform((2, 4), "head.weight", 0.5))
+    frozen = {row.name for row in report if row.written == "frozen"}
+    assert frozen == {"noise", "body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"}
+    assert any(note.startswith("Left alone, as they are frozen: ") for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch's own
+def test_parameters_of_no_elements_are_no_gap():
+    report = gt.initialize_(nn.Sequential(nn.Linear(0, 4)), recipe="own")
+    assert [row.written for row in report] == ["whole", "whole"]
+
+
+def test_a_spectral_norm_depends_on_the_seed_alone():
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = torch.nn.utils.spectral_norm(nn.Linear(4, 4))
+        gt.initialize_(model, recipe="own")
+        found.append(tobytes(model.weight_u))
+    assert found[0] == found[1]
+
+
 def test_an_entry_that_needs_arguments_is_none():
     class Model(nn.Linear):
         def init_weights(self, std, mean):
             raise AssertionError
 
-    assert gt.initialize_(Model(3, 3), recipe="own").notes == []
+    assert gt.initialize_(Model(3, 3), recipe="own").notes == [
+        "Model.init_weights needs arguments and was not run; give a function as the recipe."
+    ]
 
 
 def test_a_function_of_the_caller_s():
@@ -209,7 +280,7 @@ def test_a_constructor_s_draws_are_keyed_where_they_are_copied():
         assert [row.written for row in report] == ["temporary"] * 4
         found.append([tobytes(parameter) for parameter in model.parameters()])
     assert found[0] == found[1]
-    assert found[0][0] == tobytes(uniform((4, 4), "a.weight#0", 0.5))
+    assert found[0][0] == tobytes(uniform((4, 4), "a.weight.#0", 0.5))
 
 
 def test_order_torch_s_seed_and_a_second_run_change_nothing():
@@ -254,7 +325,10 @@ def test_what_it_never_wrote_is_an_error_or_told():
         "layer.weight": "whole",
         "layer.bias": "whole",
     }
-    assert "The recipe never wrote gamma, token, frozen." in report.notes
+    assert report.notes[1:] == [
+        "Left alone, as they are frozen: frozen.",
+        "The recipe never wrote gamma, token.",
+    ]
     assert (model.gamma == 77).all()
 
 

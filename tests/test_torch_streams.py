@@ -366,7 +366,7 @@ TEMPORARIES = {
 def test_a_temporary_is_keyed_by_the_parameter_that_it_reaches(recipe):
     made = model(v=(3,), w=SHAPE)
     report = run(made, recipe)
-    assert tobytes(made.w) == tobytes(normal(SHAPE, "w#0"))
+    assert tobytes(made.w) == tobytes(normal(SHAPE, "w.#0"))
     assert row(report).written == "temporary"
     assert row(report).rule.startswith(("randn", "normal_ std=1"))
     assert "Drawn on temporaries: w." in report.notes
@@ -383,7 +383,7 @@ def test_what_is_computed_is_computed_again():
     made = model(w=SHAPE)
     run(made, recipe)
     expected = model(w=SHAPE)
-    uniform = gt.init.uniform_(torch.empty(SHAPE), seed=0, name="w#0")
+    uniform = gt.init.uniform_(torch.empty(SHAPE), 0, 1 - 2**-24, seed=0, name="w.#0")
     original, torch.rand = torch.rand, lambda _: uniform
     try:
         with torch.no_grad():
@@ -405,7 +405,7 @@ def test_what_a_temporary_held_before_is_there_again():
 
     made = model(w=SHAPE)
     run(made, recipe)
-    (key,) = {f"w@0{[2, 8]}{[8, 1]}#0"}
+    key = "w.0[2, 8][8, 1]#0"
     expected = torch.arange(16.0).view(2, 8)
     expected[0] = normal((8,), key)
     expected = expected * 2 + 1
@@ -419,6 +419,119 @@ def test_orthogonal_is_orthogonal_and_keyed():
     run(made[1], lambda made: (nn.init.orthogonal_(made.v), nn.init.orthogonal_(made.w)))
     assert tobytes(made[0].w) == tobytes(made[1].w) != tobytes(made[0].v) == tobytes(made[1].v)
     assert torch.allclose(made[0].w @ made[0].w.T, torch.eye(8), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4, 3), (8, 4)])
+def test_orthogonal_of_any_shape(shape):
+    """torch transposes a temporary in place for the wide ones."""
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made = model(w=shape)
+        run(made, lambda made: nn.init.orthogonal_(made.w))
+        found.append(tobytes(made.w))
+    assert found[0] == found[1]
+    flat = made.w.detach().flatten(1)
+    small = flat @ flat.T if flat.shape[0] < flat.shape[1] else flat.T @ flat
+    assert torch.allclose(small, torch.eye(len(small)), atol=1e-5)
+
+
+def test_a_temporary_that_is_turned_is_made_again_as_it_was():
+    def recipe(made):
+        drawn = torch.randn(6, 6)
+        first = drawn[0]
+        drawn.t_()
+        first.mul_(3)
+        made.w.copy_(drawn)
+
+    made = model(w=(6, 6))
+    run(made, recipe)
+    expected = normal((6, 6), "w.#0")
+    expected[0] *= 3
+    assert tobytes(made.w) == tobytes(expected.t())
+
+
+BECOME = {
+    "whole": lambda made: made.head.weight.normal_(0, 0.02),
+    "trunc_normal_": lambda made: nn.init.trunc_normal_(made.head.weight, 0, 0.02, -9, 9),
+    "gpuinit's own": lambda made: gt.normal_(made.head.weight, 0.02),
+    "with a seed": lambda made: gt.normal_(made.head.weight, 0.02, seed=0, name="head.weight"),
+    "a part, then all": lambda made: (made.head.weight[0].zero_(), made.head.weight.normal_(0, 0.02)),
+}
+
+
+@pytest.mark.parametrize("draw", BECOME.values(), ids=BECOME.keys())
+def test_a_draw_on_what_was_a_temporary_stays(draw):
+    def recipe(made):
+        made.head = nn.Linear(8, 6)  # its constructor draws
+        draw(made)
+
+    made = model(v=(3,))
+    report = run(made, recipe)
+    expected = normal((6, 8), "head.weight", std=0.02)
+    assert tobytes(made.head.weight) == tobytes(expected)
+    assert row(report, "head.weight").std == pytest.approx(0.02)
+    bound = 1 / math.sqrt(8)
+    expected = gt.init.uniform_(torch.empty(6), -bound, bound, seed=0, name="head.bias.#0")
+    assert tobytes(made.head.bias) == tobytes(expected)
+
+
+def test_a_part_drawn_on_what_was_a_temporary_stays():
+    def recipe(made):
+        made.w = nn.Parameter(torch.randn(SHAPE))
+        made.w[0].normal_(5, 0.1)
+
+    made = model(w=SHAPE)
+    run(made, recipe)
+    assert tobytes(made.w[0]) == tobytes(normal(SHAPE, "w", 5, 0.1)[0])
+    assert tobytes(made.w[1:]) == tobytes(normal(SHAPE, "w.#0")[1:])
+
+
+# Names change
+
+
+def swap(made):
+    made.w, made.v = made.v, made.w
+    made.w.normal_()
+
+
+def rename(made):
+    weight = made.w
+    del made.w
+    made.u = weight
+    made.u.normal_()
+
+
+def test_a_name_is_that_of_the_moment():
+    made = model(w=SHAPE, v=SHAPE)
+    run(made, swap)
+    assert tobytes(made.w) == tobytes(normal(SHAPE, "w"))
+    made = model(w=SHAPE, v=SHAPE)
+    run(made, rename)
+    assert tobytes(made.u) == tobytes(normal(SHAPE, "u"))
+    for order in ("ab", "ba"):
+        made = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+
+        def recipe(made, order=order):
+            for name in order:
+                torch.nn.utils.spectral_norm(made[name])
+                made[name].weight_orig.normal_()
+
+        run(made, recipe)
+        for name in "ab":
+            assert tobytes(made[name].weight_orig) == tobytes(normal((4, 4), f"{name}.weight_orig"))
+
+
+def halves(made):
+    made.w[:3].copy_(torch.randn(3, 8))
+    made.w[3:].copy_(torch.randn(3, 8))
+
+
+def test_memory_that_is_made_in_the_block_is_the_parameter_s():
+    made = [model(w=SHAPE) for _ in range(2)]
+    run(made[0], halves)
+    run(made[1], lambda made: (made.to_empty(device="cpu"), halves(made)))
+    assert tobytes(made[0].w) == tobytes(made[1].w)
 
 
 def test_sparse():
@@ -441,14 +554,14 @@ def test_one_temporary_in_two_parameters_is_one():
 
     made = model(v=SHAPE, w=SHAPE)
     report = run(made, recipe)
-    assert tobytes(made.v) == tobytes(made.w) == tobytes(normal(SHAPE, "w#0"))
+    assert tobytes(made.v) == tobytes(made.w) == tobytes(normal(SHAPE, "w.#0"))
     assert [row.written for row in report] == ["temporary", "temporary"]
 
 
 def test_temporaries_that_meet_are_told_apart():
     made = model(w=SHAPE)
     run(made, lambda made: made.w.copy_(torch.cat([torch.randn(3, 8), torch.randn(3, 8)])))
-    assert tobytes(made.w) == tobytes(torch.cat([normal((3, 8), "w#0"), normal((3, 8), "w#1")]))
+    assert tobytes(made.w) == tobytes(torch.cat([normal((3, 8), "w.#0"), normal((3, 8), "w.#1")]))
 
 
 def test_temporaries_that_have_met_stay_together():
@@ -461,7 +574,7 @@ def test_temporaries_that_have_met_stay_together():
 
     made = model(w=SHAPE, v=(2, 8))
     run(made, recipe)
-    first, second = normal((2, 8), "w#0"), normal((2, 8), "w#1")
+    first, second = normal((2, 8), "w.#0"), normal((2, 8), "w.#1")
     assert tobytes(made.w) == tobytes(torch.cat([first, second, 2 * second]))
     assert tobytes(made.v) == tobytes(first)
 
@@ -492,7 +605,7 @@ def added(made):
 def test_what_is_added_three_times_is_three_draws():
     made = model(w=SHAPE)
     run(made, lambda made: (added(made), added(made)))
-    expected = normal(SHAPE, "w#0") + normal(SHAPE, "w#1") + normal(SHAPE, "w#2")
+    expected = normal(SHAPE, "w.#0") + normal(SHAPE, "w.#1") + normal(SHAPE, "w.#2")
     assert tobytes(made.w) == tobytes(expected)
 
 
@@ -534,6 +647,42 @@ def test_temporaries_are_let_go():
 def test_draws_that_reach_nothing_are_told():
     report = run(model(w=SHAPE), lambda made: (torch.randn(3), torch.rand(3) * 2, made.w.zero_()))
     assert report.notes == ["2 draws on temporaries reached no parameter and no buffer."]
+
+
+AGAIN = {
+    "foreach": lambda made: torch._foreach_copy_([made.w], [torch.randn(SHAPE)]),
+    "out": lambda made: torch.mul(torch.randn(SHAPE), 1.0, out=made.w.detach()),
+    "copied, then a row added": lambda made: (
+        made.w.copy_(torch.randn(SHAPE)),
+        made.w[0].add_(torch.randn(8)),
+    ),
+    "drawn by gpuinit, then added": lambda made: (
+        gt.normal_(made.w, seed=3),
+        made.w.add_(torch.randn(SHAPE)),
+    ),
+    "parts of two sizes": lambda made: (
+        made.w.zero_(),
+        made.w.view(-1)[4:12].add_(torch.randn(8)),
+        made.w.view(-1)[4:20].add_(torch.randn(16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", AGAIN.values(), ids=AGAIN.keys())
+def test_a_recipe_that_is_run_twice_in_a_block_is_run_once(recipe):
+    made = [model(w=SHAPE) for _ in range(2)]
+    run(made[0], recipe)
+    run(made[1], lambda made: (recipe(made), recipe(made)))
+    assert tobytes(made[0].w) == tobytes(made[1].w)
+
+
+def test_rand_is_below_one_in_every_dtype():
+    """float16 and bfloat16 would round one in 4,096, and one in 512, up to 1."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        made = model(w=nn.Parameter(torch.empty(100_000, dtype=dtype)))
+        run(made, lambda made, dtype=dtype: made.w.copy_(torch.rand(100_000, dtype=dtype)))
+        assert made.w.min() >= 0
+        assert made.w.max() < 1
 
 
 # What is refused
@@ -595,6 +744,30 @@ REFUSED = {
     "read": (lambda made: made.w.fill_(torch.rand(1).item()), ValueError, "before its value is read"),
     "tested": (lambda made: bool((torch.rand(3) > 2).any()), ValueError, "before its value is read"),
     "compared": (lambda made: torch.equal(torch.rand(3), made.w), ValueError, "before its value is read"),
+    "listed": (lambda made: torch.rand(3).tolist(), ValueError, "before its value is read.*got tolist"),
+    "an array": (lambda made: torch.rand(3).numpy(), ValueError, "before its value is read.*got numpy"),
+    "two parameters at once": (
+        lambda made: torch._foreach_copy_([made.w, made.v], [torch.randn(SHAPE), torch.randn(3)]),
+        ValueError,
+        "must be written to one parameter at a time, got",
+    ),
+    "a batch norm": (
+        lambda made: made.w.copy_(
+            nn.functional.batch_norm(torch.randn(SHAPE), made.r, made.r, training=True)
+        ),
+        ValueError,
+        "must not go through a batch norm in training, got",
+    ),
+    "beside a parameter": (
+        lambda made: made.w.untyped_storage().resize_(500) and made.w.as_strided((9,), (1,), 60).normal_(),
+        ValueError,
+        "must be on a parameter, or on memory that has none",
+    ),
+    "other elements": (
+        lambda made: made.w.view(torch.float16)[0, :3].normal_(),
+        ValueError,
+        "a draw must be on one parameter or a part of it",
+    ),
     "complex": (lambda made: torch.randn(3, dtype=torch.complex64), TypeError, "got torch.complex64"),
     "integers": (lambda made: torch.empty(3, dtype=torch.int8).normal_(), TypeError, "got torch.int8"),
     "negative": (lambda made: made.w.normal_(0, math.nan), ValueError, "std must be a finite number >= 0"),
@@ -606,7 +779,37 @@ REFUSED = {
 @pytest.mark.parametrize(("recipe", "kind", "match"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_is_refused(recipe, kind, match):
     with pytest.raises(kind, match=match):
-        run(model(w=SHAPE), recipe)
+        run(model(w=SHAPE, v=(3,), r=(8,)), recipe)
+
+
+def test_a_block_in_a_block_is_refused():
+    within = pytest.raises(ValueError, match="must not be within other ones")
+    with within, gt.streams(nn.Linear(2, 2)), gt.streams(nn.Linear(2, 2)):
+        pass
+    with gt.streams(nn.Linear(2, 2)):  # and nothing is left behind
+        pass
+
+
+def test_rules_of_torch_s_functions_within_a_block():
+    made = nn.Linear(4, 4)
+    run(made, lambda made: gt.initialize_(made, 3, rules=[("*", nn.init.normal_)]))
+    assert tobytes(made.weight) == tobytes(normal((4, 4), "weight"))
+
+
+def test_odd_models_do_not_break_it():
+    made = model(w=SHAPE)
+    base = torch.zeros(1, 4)
+    made.register_buffer("expanded", base.expand(3, 4))
+    made.register_buffer("none", None)
+    report = run(made, lambda made: (base.fill_(2), torch.randperm(5, out=torch.empty(5, dtype=torch.int64))))
+    assert row(report).written == "not written"
+    made.s = nn.Parameter(torch.ones(2, 2).to_sparse())
+    with pytest.raises(TypeError, match=r"module must have dense parameters, got s of torch\.sparse_coo"):
+        run(made, lambda made: None)
+
+
+def test_scaling_alone_is_no_writing():
+    assert row(run(model(w=SHAPE), lambda made: made.w.mul_(0.5))).written == "not written"
 
 
 def test_a_shape_that_depends_on_temporaries_is_refused():
@@ -614,16 +817,18 @@ def test_a_shape_that_depends_on_temporaries_is_refused():
         drawn = torch.rand(1000)
         made.w[0].copy_(drawn[drawn > 0.9][:8])
 
-    with pytest.raises(ValueError, match="must not decide on a shape"):
+    with pytest.raises(ValueError, match="must not decide a shape"):
         run(model(w=SHAPE), recipe)
 
 
-def test_a_number_that_changes_before_the_end_is_refused():
+@pytest.mark.parametrize("way", ["directly", "by data", "in inference mode"])
+def test_a_number_that_changes_before_the_end_is_refused(way):
     def recipe(made):
-        scale = torch.full((8,), 2.0)
-        drawn = torch.rand(SHAPE) * scale
-        scale.zero_()
-        made.w.copy_(drawn)
+        with torch.inference_mode() if way == "in inference mode" else contextlib.nullcontext():
+            scale = torch.full((8,), 2.0)
+            drawn = torch.rand(SHAPE) * (scale.data if way == "by data" else scale)
+            (scale.data if way == "by data" else scale).zero_()
+            made.w.copy_(drawn)
 
     with pytest.raises(
         ValueError, match=r"must not change before they reach a parameter, got a change after aten\.mul"

@@ -30,12 +30,12 @@ def alone():
         "embed.weight": gt.init.normal_(empty(11, 8), name="embed.weight", **same),
         "fused": torch.cat(
             [
-                gt.init.normal_(empty(6, 8), name="fused#0", **same),
-                gt.init.uniform_(empty(6, 8), name="fused#1", **same) * 2,
+                gt.init.normal_(empty(6, 8), name="fused.#0", **same),
+                gt.init.uniform_(empty(6, 8), 0, 1 - 2**-24, name="fused.#1", **same) * 2,
             ]
         ),
-        "decay": gt.init.uniform_(empty(5), 1, 16, name="decay#0", **same) * 2,
-        "like": gt.init.normal_(empty(5, 2), name="like#0", **same),
+        "decay": gt.init.uniform_(empty(5), 1, 16, name="decay.#0", **same) * 2,
+        "like": gt.init.normal_(empty(5, 2), name="like.#0", **same),
         "one": gt.init.kaiming_uniform_(empty(1, 8, dtype=torch.bfloat16), name="one", **same),
         "table": gt.init.uniform_(empty(9), name="table", **same),
     }
@@ -101,10 +101,29 @@ def test_a_write_to_a_slice_across_the_shards_is_not_lost(world):
             ), name
 
 
+def test_parts_from_temporaries_are_those_of_a_plain_parameter(world):
+    plain = torch.nn.Module()
+    plain.w = torch.nn.Parameter(torch.empty(6, 8))
+    with gt.streams(plain, SEED), torch.no_grad():
+        torch_stream_worlds.columns_from_temporaries(plain.w)
+    rows = gt.init.normal_(torch.empty(6, 8), seed=SEED, name="w")[2:3].repeat(6, 1)
+    rows[2] *= 2
+    for found in world:
+        assert found["draws"]["columns from temporaries"].split()[0] == digest(plain.w)
+        if len(world) > 1:  # else the row is no copy
+            assert found["draws"]["a row that is read again"].split()[0] == digest(rows)
+
+
+def test_what_is_gathered_before_it_reaches_a_parameter_is_refused(world):
+    for found in world:
+        for name in ("gathered", "a slice of a temporary")[len(world) == 1 :]:
+            assert found["draws"][name].startswith("ValueError: random numbers must not be gathered"), name
+
+
 def test_what_each_rank_would_draw_for_its_own_shard_is_refused(world):
     """All ranks draw the same on a plain temporary; their shards would be copies of each other."""
     for found in world:
-        for name in ("given to a shard", "a shard of its own", "distributed"):
+        for name in ("given to a shard", "given to a shard later", "a shard of its own", "distributed"):
             assert found["draws"][name].startswith(
                 "ValueError: random numbers on a plain temporary must not become one rank's shard"
             ), name

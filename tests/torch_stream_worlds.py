@@ -105,6 +105,25 @@ def initialised(model: nn.Module) -> dict[str, Any]:
     return {"digests": digests(model), "report": [tuple(row) for row in report]}
 
 
+def columns_from_temporaries(w: Any) -> None:
+    for part in (w[:, :4], w[:, 4:]):
+        part.copy_(torch.randn_like(part))
+
+
+def drawn_row(w: Any) -> Any:
+    row = w[2:3]
+    row.normal_()
+    return row
+
+
+def given_later(w: Any) -> None:
+    drawn = torch.randn(6, 8)
+    w.to_local().zero_()
+    w.t().copy_(torch.randn_like(w.t()))
+    local = w.to_local()
+    local.copy_(drawn[: len(local)])
+
+
 def draws(mesh: Any) -> dict[str, str]:
     """The digest of a parameter of (6, 8), sharded, after draws of many kinds; or what was refused."""
     recipes: dict[str, Callable[[Any], Any]] = {
@@ -121,6 +140,11 @@ def draws(mesh: Any) -> dict[str, str]:
         "a row of rows": lambda w: w[1:3][0].zero_(),
         "every other row": lambda w: w[::2].normal_(),
         "local rows": lambda w: [row.normal_() for row in w.to_local()],
+        "columns from temporaries": columns_from_temporaries,
+        "a row that is read again": lambda w: w.mul_(0).add_(drawn_row(w)),
+        "gathered": lambda w: w.copy_(torch.empty_like(w).normal_().full_tensor()),
+        "a slice of a temporary": lambda w: w[2:5].copy_(torch.empty_like(w).normal_()[2:5]),
+        "given to a shard later": given_later,
         "given to a shard": lambda w: w.to_local().copy_(torch.randn(w.to_local().shape)),
         "a shard of its own": lambda w: w.copy_(
             DTensor.from_local(torch.randn(w.to_local().shape) * 0.1, mesh, [Shard(0)])

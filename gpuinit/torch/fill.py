@@ -100,6 +100,8 @@ def fill(
         has_kernel(local.device)  # where its warning is an error, nothing is written yet
         if checking.get():
             return tensor
+        if recipe is not None:
+            recipe.expect_given(tensor)
         key = parse_seed(draw_seed(generator) if seed is None else seed)
         strides = row_major(tuple(tensor.shape))
         for part, starts in places:

@@ -23,12 +23,12 @@ from gpuinit.torch.default_rules import (
     Rule,
     reset_buffers,
 )
-from gpuinit.torch.fill import check, checking, draw_seed, recorded_stds
+from gpuinit.torch.fill import check, checking, draw_seed, recorded_stds, within
 from gpuinit.torch.graphs import outside_graphs
 from gpuinit.torch.names import named_parameters, walk
 from gpuinit.torch.recipes import run_recipe
 from gpuinit.torch.shards import is_dtensor, parts
-from gpuinit.torch.streams import streams
+from gpuinit.torch.streams import recipe_in_streams, streams
 
 CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_, default_rules.prelu_, default_rules.magnitude_)
 
@@ -143,15 +143,31 @@ def initialize_(
     key = None if seed is None else parse_seed(seed)
     if recipe is None:
         return by_rules(module, find_rules(found, chosen), key, strict)
-    report, key = Report(), draw_seed() if key is None else key
-    with streams(module, key) as rows:
-        report.notes = run_recipe(module, recipe)
-    unwritten = {row.name for row in rows if row.written == "not written"}
-    left = [job for job in find_rules(owned_parameters(module), chosen) if job.name in unwritten]
+    key = draw_seed() if key is None else key
+    with recipe_in_streams(module, key, frozen_names(module)) as report:
+        notes = run_recipe(module, recipe)
+    unwritten = {row.name for row in report if row.written == "not written"}
+    jobs = find_rules(owned_parameters(module), chosen)
+    empty = {job.name for job in jobs if not job.parameter.numel()}
+    left = [job for job in jobs if job.name in unwritten - empty]
     filled = {row.name: row for row in by_rules(module, left, key, strict, after_recipe=True)}
-    report += [filled.get(row.name, row) for row in rows]
-    report.notes += rows.notes
-    return report
+    drawn = {job.parameter for job in jobs if job.name not in unwritten}
+    for prefix, part in walk(module):
+        if not isinstance(part, BATCH_NORMS):
+            with torch.no_grad():
+                reset_buffers(part, prefix, key, drawn)
+    rows = [row._replace(written="whole") if row.name in unwritten & empty else row for row in report]
+    return Report([filled.get(row.name, row) for row in rows], [*notes, *report.notes])
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Frozen parameters, and the buffers of modules that have no others."""
+    names = {name for name, parameter, _ in named_parameters(module) if not parameter.requires_grad}
+    for prefix, part in walk(module):
+        own = list(part.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            names |= {prefix + name for name, _ in part.named_buffers(recurse=False)}
+    return names
 
 
 class Job(NamedTuple):
@@ -206,6 +222,7 @@ def by_rules(
             "recipe must write every parameter, or rules cover it"
             if after_recipe
             else "rules must cover every parameter",
+            [job.name for job in jobs if not job.parameter.requires_grad],
         )
     report = Report()
     filled, frozen = set[torch.Tensor](), set[torch.Tensor]()
@@ -215,7 +232,7 @@ def by_rules(
             if job.initializer is not None:
                 check_rule(job.initializer, job.parameter, key or 0, job.name, job.owner)
         key = draw_seed() if key is None else key
-        if any(draws_by_torch(job.initializer) for job in jobs):
+        if within.get() is None and any(draws_by_torch(job.initializer) for job in jobs):
             stack.enter_context(streams(module, key))
         for name, parameter, owner, initializer in jobs:
             rule, std, written = "-", None, "not written"
@@ -270,8 +287,12 @@ def check_rule(
     """Raise what filling would, as far as that can be known without writing."""
     function, words = unwrap(initializer)
     with noting(name, owner):
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                "module must be filled in inference mode, where it was built, got it outside of that"
+            )
         if parameter.ndim > 2 and not isinstance(owner, CONVOLUTIONS) and not AXES & words.keys():
-            refuse_fans(function, words, tuple(parameter.shape))
+            refuse_fans(initializer, tuple(parameter.shape))
         if has_padding(owner, name):
             parts(parameter)
         if is_ours(function):
@@ -282,13 +303,16 @@ def check_rule(
                 checking.reset(token)
 
 
-def refuse_fans(function: Any, words: dict[str, Any], shape: tuple[int, ...]) -> None:
+def refuse_fans(initializer: Initializer, shape: tuple[int, ...]) -> None:
     """Raise where a function takes its fans from the axes of a convolution's kernel."""
+    function, words = unwrap(initializer)
     known = next((name for fan_rule, name in FAN_RULES.items() if fan_rule is function), None)
     if known is None:
         return
-    given = words if function is getattr(in_place, known) else {}  # torch's words are others
-    ndim = len(shape)
+    given, ndim = [], len(shape)
+    if function is getattr(in_place, known):  # torch's words are others
+        given = [repr(value) for value in positional(initializer)]
+        given += [f"{word}={value!r}" for word, value in words.items()]
     raise ValueError(
         "rules must name the axes of the fans where the parameter has three or more and no convolution owns "
         f"it: {with_axes(known, ndim, given)} for a stack of (out, in), "
@@ -297,12 +321,12 @@ def refuse_fans(function: Any, words: dict[str, Any], shape: tuple[int, ...]) ->
     )
 
 
-def with_axes(function: str, ndim: int, words: dict[str, Any] | None = None, *, flipped: bool = False) -> str:
+def with_axes(function: str, ndim: int, given: Sequence[str] = (), *, flipped: bool = False) -> str:
     """The text of a rule for a stack of (out, in), or of (in, out)."""
     in_axis, out_axis = (ndim - 2, ndim - 1) if flipped else (ndim - 1, ndim - 2)
     batch_axis = 0 if ndim == 3 else tuple(range(ndim - 2))
-    words = {**(words or {}), "batch_axis": batch_axis, "in_axis": in_axis, "out_axis": out_axis}
-    return f"partial({function}, {', '.join(f'{word}={value!r}' for word, value in words.items())})"
+    axes = f"batch_axis={batch_axis!r}, in_axis={in_axis}, out_axis={out_axis}"
+    return f"partial({', '.join([function, *given, axes])})"
 
 
 def suggest(parameter: torch.Tensor, owner: nn.Module) -> str:
@@ -320,6 +344,11 @@ def unwrap(initializer: Initializer) -> tuple[Any, dict[str, Any]]:
         words = {**initializer.keywords, **words}
         initializer = initializer.func
     return initializer, words
+
+
+def positional(initializer: Initializer) -> tuple[Any, ...]:
+    """The arguments that partials give by place."""
+    return (*positional(initializer.func), *initializer.args) if isinstance(initializer, partial) else ()
 
 
 def call(initializer: Initializer, parameter: torch.Tensor, key: int, name: str, owner: nn.Module) -> None:

@@ -6,6 +6,8 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partialmethod
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import nn
 from gpuinit.torch.names import is_wrapper, named_parameters
 from gpuinit.torch.shards import is_dtensor
 
-TITAN = ("init_states",)  # torchtitan's
-WHOLE = ("init_weights", "initialize_weights")  # timm's and many a model's
+# Of a whole model: torchtitan's; timm's and many a model's.
+WHOLE = ("init_states", "init_weights", "initialize_weights", "_init_weights")
 EACH = ("_init_weights", "init_weights")  # given one module after the other: minGPT's and timm's
+GIVEN = ("module", "m", "layer", "mod", "submodule")  # what they call it
 OWN = ("reset_parameters", "_reset_parameters")  # of one layer: torch's, and those of its attention
 
 
@@ -38,6 +41,7 @@ def run_own(module: nn.Module) -> list[str]:
     """What the parts have, then what they are in has, as when it was built."""
     done: dict[str, None] = {}  # notes, each once
     seen: set[nn.Module] = set()
+    top = bare(module)
 
     def visit(part: nn.Module) -> None:
         if part in seen:
@@ -47,15 +51,15 @@ def run_own(module: nn.Module) -> list[str]:
         if is_transformers(part):
             done.update(dict.fromkeys(run_transformers(part)))
             return
-        if entry(part, TITAN, 0):  # it goes to all parts by itself
+        if is_torchtitan(part):  # it goes to all parts by itself
             part.init_states()
             done[f"Ran {name}.init_states."] = None
             return
         for child in part.children():  # before what has them, as in a constructor
             visit(child)
-        if own := entry(part, OWN, 0):
+        own, whole, each = entry(part, OWN), entry(part, WHOLE), entry(part, EACH, GIVEN)
+        if own:
             getattr(part, own)()
-        each, whole = entry(part, EACH, 1), entry(part, WHOLE, 0)
         if whole:
             getattr(part, whole)()
             done[f"Reset the parts of {name}, then ran its {whole}."] = None
@@ -64,7 +68,9 @@ def run_own(module: nn.Module) -> list[str]:
             done[f"Reset the parts of {name}, then ran its {each} on each; its constructor may do more."] = (
                 None
             )
-        elif part is bare(module) and not own:
+        elif found := [entry for entry in (*WHOLE, *OWN) if entry != own and find_method(part, entry)]:
+            done[f"{name}.{found[0]} needs arguments and was not run; give a function as the recipe."] = None
+        elif part is top and not own:
             done[
                 f"Reset the parts of {name}, which has no recipe of its own; its constructor may do more."
             ] = None
@@ -88,19 +94,31 @@ def bare_class(module: nn.Module) -> Any:
     return next(base for base in type(module).__mro__ if not issubclass(base, wrapper))
 
 
-def entry(module: nn.Module, names: tuple[str, ...], required: int) -> str | None:
-    """The first of these methods that the module has, and that needs so many arguments."""
+def entry(module: nn.Module, names: tuple[str, ...], given: tuple[str, ...] = ()) -> str | None:
+    """The first of these methods that the module has and that needs no argument, or one of these names."""
     for name in names:
-        method = getattr(type(module), name, None)
-        if not inspect.isfunction(method):
+        method = find_method(module, name)
+        if method is None:
             continue
-        arguments = list(inspect.signature(method).parameters.values())[1:]
+        arguments = list(inspect.signature(method).parameters.values())
         needed = [
             a for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)
         ]
-        if len(needed) == required:
+        if not (needed or given) or (len(needed) == 1 and needed[0].name in given):
             return name
     return None
+
+
+def find_method(module: nn.Module, name: str) -> Any:
+    """A method of the class, of any kind; not what an instance has been given, or a property."""
+    kind = inspect.getattr_static(type(module), name, None)
+    is_method = isinstance(kind, FunctionType | staticmethod | classmethod | partialmethod)
+    return getattr(module, name) if is_method else None
+
+
+def is_torchtitan(module: nn.Module) -> bool:
+    titan = sys.modules.get("torchtitan.protocols.module")
+    return titan is not None and isinstance(module, titan.Module)
 
 
 def is_transformers(module: nn.Module) -> bool:
@@ -110,14 +128,22 @@ def is_transformers(module: nn.Module) -> bool:
 
 def run_transformers(model: Any) -> list[str]:
     """`initialize_weights` of transformers, as of a model that is new, with its weights tied."""
-    notes = [f"Ran {bare_class(model).__name__}.initialize_weights."]
+    theirs: Any = sys.modules["transformers.modeling_utils"]
+    original = bare_class(model)
+    # One that is overridden does more.
+    name = (
+        "initialize_weights"
+        if original.init_weights is theirs.PreTrainedModel.init_weights
+        else "init_weights"
+    )
+    notes = [f"Ran {original.__name__}.{name}."]
     # to_empty has untied them; a recipe may write both, and which one is last is the recipe's.
     model.tie_weights()
     for part in model.modules():  # what is marked so, by tying too, would be skipped
         for marked in (part, *part.parameters(recurse=False), *part.buffers(recurse=False)):
             vars(marked).pop("_is_hf_initialized", None)
     with as_transformers_own(model) as note:
-        model.initialize_weights()
+        getattr(model, name)()
     return notes + note
 
 

@@ -15,29 +15,31 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from operator import mul
 from threading import Lock
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from gpuinit.distributions import Draw, Uniform, find_sampling, parse_normal, parse_number, parse_uniform
 from gpuinit.rules import Report, Row
-from gpuinit.stream import parse_name, parse_seed
+from gpuinit.stream import parse_name, parse_seed, row_major
 from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
 from gpuinit.torch.init import parse_truncated
 from gpuinit.torch.names import named_parameters, walk
-from gpuinit.torch.shards import is_dtensor, local_slices
+from gpuinit.torch.shards import is_dtensor, local_slices, parts
 from gpuinit.torch.views import Place, places
 
 aten = torch.ops.aten
 
 KNOWN = "normal_, uniform_, trunc_normal_, bernoulli_, random_, rand, randn, randint and randperm"
 OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
-OVERWRITING = ("zero_", "fill_", "copy_")
+OVERWRITING = ("zero_", "fill_", "copy_", "_foreach_zero_", "_foreach_copy_")
 READING = ("_local_scalar_dense", "equal", "is_nonzero")  # what Python is given a value by
 
 
@@ -57,17 +59,18 @@ class Found(NamedTuple):
     parameter: Any
     places: list[Place]
     whole: bool  # all of it that this rank has
+    shape: tuple[int, ...] = ()  # of the tensor, over all ranks
 
     def key(self) -> str:
-        """The name, with the places where they are not all."""
-        if self.whole:
-            return self.name
-        if is_dtensor(self.parameter):  # ranks have different places
-            return f"{self.name}@"
-        if not self.places:
-            return f"{self.name}@"
-        first = self.places[0]
-        return f"{self.name}@{first.offset}{list(first.tensor.shape)}{list(first.strides)}"
+        """What names the streams of temporaries: no parameter's own name, as it has an empty part."""
+        if self.whole or not self.places:
+            return f"{self.name}."
+        # Of the part in the whole. Where an axis is cut, a part has all of it, or is no view.
+        offset, strides = self.places[0].offset, self.places[0].strides
+        if is_dtensor(self.parameter):
+            starts = parts(self.parameter)[1][0].starts
+            offset -= sum(map(mul, starts, row_major(tuple(self.parameter.shape))))
+        return f"{self.name}.{offset}{list(self.shape)}{list(strides)}"
 
 
 class Copy(NamedTuple):
@@ -77,7 +80,7 @@ class Copy(NamedTuple):
     name: str
     parameter: Any
     # Of every view of it, by offset and shape: this rank's memory of what it is a copy of, where known.
-    slices: dict[tuple[int, torch.Size], list[torch.Tensor]]
+    slices: dict[tuple[int, torch.Size], tuple[list[torch.Tensor], Place]]
 
 
 class Write(NamedTuple):
@@ -155,11 +158,20 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if seed is None and any(is_dtensor(parameter) for _, parameter, _ in named_parameters(module)):
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
+    with recipe_in_streams(module, parse_seed(draw_seed() if seed is None else seed), set()) as report:
+        yield report
+
+
+@contextmanager
+def recipe_in_streams(module: nn.Module, key: int, spared: set[str]) -> Iterator[Report]:
+    """The same, but for what is drawn on some parameters and buffers, or set to one number: it is not."""
+    if within.get() is not None:
+        raise ValueError("streams must not be within other ones, got a block in a block")
     report = Report()
-    mode = Streams(module, parse_seed(draw_seed() if seed is None else seed))
+    mode = Streams(module, key, spared)
     token = within.set(mode)
     try:
-        with one_truncated_draw(), mode:
+        with one_truncated_draw(), registrations(mode.registered), Reading(mode), mode:
             yield report
         mode.settle_parameters()
     finally:
@@ -201,42 +213,86 @@ def truncated(
     return made
 
 
+@contextmanager
+def registrations(called: Callable[..., None]) -> Iterator[None]:
+    """Call a function where a parameter, buffer or module is set in any module."""
+    hooks = nn.modules.module
+    handles = [
+        hooks.register_module_parameter_registration_hook(called),
+        hooks.register_module_buffer_registration_hook(called),
+        hooks.register_module_module_registration_hook(called),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Reading(TorchFunctionMode):  # type: ignore[misc]
+    """Refuses what takes values out of torch by other ways than its operations."""
+
+    WAYS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
+
+    def __init__(self, mode: Streams) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.WAYS and self.mode.groups and not self.mode.busy:
+            group = self.mode.groups.get(storage_of(args[0]))
+            if group is not None:
+                refuse_reading(func.__name__, ", ".join(group.words))
+        return func(*args, **(kwargs or {}))
+
+
 class Streams(TorchDispatchMode):  # type: ignore[misc]
     """Sees every operation of torch while it is on, and is off in its own methods."""
 
-    def __init__(self, module: nn.Module, key: int) -> None:
+    def __init__(self, module: nn.Module, key: int, spared: set[str]) -> None:
         super().__init__()
-        self.module, self.key = module, key
+        self.module, self.key, self.spared = module, key, spared
         self.busy = False
         self.log: dict[str, list[Write]] = {}
         self.groups: dict[int, Group] = {}  # by storage
         self.plain: set[int] = set()  # storages of these that are no DTensor's: alike on all ranks
-        self.settled: dict[int, tuple[StorageWeakRef, str]] = {}  # those that were, and how they were made
+        # Those that were, how they were made, and whether they are alike on all ranks.
+        self.settled: dict[int, tuple[StorageWeakRef, str, bool]] = {}
         self.copies: dict[int, Copy] = {}
         self.others: dict[int, tuple[StorageWeakRef, Write]] = {}  # the last write to other storages
+        self.changes: Counter[int] = Counter()  # writes to a storage
         self.counts: Counter[str] = Counter()  # temporaries that reached a place
         self.number = self.lost = 0
         self.scan()
 
     def scan(self) -> None:
         """Find the storages of parameters and buffers."""
+        self.stale = False
+        self.modules = {id(part) for _, part in walk(self.module)}
         self.owners: dict[int, list[tuple[str, Any]]] = {}
+        self.slots: list[tuple[dict[str, Any], str, Any, int]] = []  # where they are found, and their storage
+        self.slots_of: dict[int, list[tuple[dict[str, Any], str, Any, int]]] = {}
         self.weak = []  # a number is not used again while there is a reference, though the memory is freed
-        for name, tensor in self.tensors():
+        for name, tensor, names in self.tensors():
             storage = memory(tensor).untyped_storage()
+            slot = (names, name.rpartition(".")[2], tensor, storage._cdata)
             self.weak.append(StorageWeakRef(storage))
             self.owners.setdefault(storage._cdata, []).append((name, tensor))
+            self.slots.append(slot)
+            self.slots_of.setdefault(storage._cdata, []).append(slot)
 
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Parameters and buffers, by name."""
-        for name, parameter, _ in named_parameters(self.module):
+    def tensors(self) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Parameters and buffers, by name, and where their modules have them."""
+        for name, parameter, owner in named_parameters(self.module):
             if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
                 raise TypeError(f"module must have shapes; run it once before, got {name} uninitialized")
-            yield name, parameter
+            if memory(parameter).layout is not torch.strided:
+                raise TypeError(f"module must have dense parameters, got {name} of {parameter.layout}")
+            yield name, parameter, owner._parameters
         for prefix, part in walk(self.module):
             for name, buffer in part.named_buffers(recurse=False):
                 if buffer.layout is torch.strided:
-                    yield prefix + name, buffer
+                    yield prefix + name, buffer, part._buffers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -254,8 +310,9 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         if name.endswith("_"):
             return self.draw(given["self"], sample)
         if "out" in given:
-            if tuple(given["out"].shape) != tuple(given["size"]):
-                given["out"].resize_(given["size"])
+            size = (given["n"],) if name == "randperm" else tuple(given["size"])
+            if tuple(given["out"].shape) != size:
+                given["out"].resize_(size)
             return self.draw(given["out"], sample)
         options = {word: given[word] for word in OPTIONS if given.get(word) is not None}
         if name.endswith("_like"):
@@ -278,7 +335,10 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         if storage_of(tensor) in self.copies:
             for part in self.local_parts(tensor, sample.text):
                 self.draw(part, sample)
+            copy = self.copies[storage_of(tensor)]
+            self.write([copy.slices[local.storage_offset(), local.shape][1]], copy.name, sample)
             return tensor
+        self.changes[storage_of(tensor)] += 1
         found = None if fresh else self.find(tensor) or self.find(tensor, again=True)
         if found is None and (names := [other.name for other in self.inside(local)]):
             raise ValueError(
@@ -287,6 +347,9 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         if found is None:
             self.draw_temporary(tensor, sample, fresh)
             return tensor
+        if found.name in self.spared:
+            return tensor
+        self.settle_first(tensor, found)
         self.write(found.places, found.name, sample)
         std = None if sample.finish else sample.draw.std()
         self.note(Write(sample.text, std, "directly", found))
@@ -294,26 +357,51 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             self.forget(found.name)
         return tensor
 
-    def draw_above(self, tensor: Any, sample: Sample) -> Any:
-        """The same above autograd, which has not seen an operation."""
+    @contextmanager
+    def above(self) -> Iterator[None]:
+        """In what is not an operation that autograd has seen."""
         self.busy = True
         try:
             with torch.no_grad():
-                self.draw(tensor, sample)
-                torch.autograd.graph.increment_version(tensor)
+                yield
         finally:
             self.busy = False
+
+    def draw_above(self, tensor: Any, sample: Sample) -> Any:
+        """The same, called by a function."""
+        with self.above():
+            self.draw(tensor, sample)
+            torch.autograd.graph.increment_version(tensor)
         return tensor
 
     def draw_given(self, tensor: Any, draw: Draw) -> Any:
         """What a function of gpuinit.torch draws that was given no seed."""
         return self.draw_above(tensor, Sample(draw_text(draw), draw))
 
+    def settle_first(self, tensor: Any, found: Found) -> None:
+        """Where a parameter was a temporary before: what it holds, before it is written to."""
+        group = self.groups.get(storage_of(tensor))
+        if group is not None:
+            owner = self.find(found.parameter) or found
+            self.settle(group, owner, True)
+            self.note(Write(", ".join(group.words), None, "temporary", owner))
+
+    def expect_given(self, tensor: Any) -> None:
+        """Before one writes that was given a seed."""
+        if storage_of(tensor) in self.groups:
+            found = self.find(tensor, again=True)
+            if found is None:
+                raise ValueError("a seed must be for a parameter, got a temporary that holds random numbers")
+            with self.above():
+                self.settle_first(tensor, found)
+
     def note_given(self, tensor: Any, draw: Draw) -> None:
         """What one wrote that was given a seed."""
         found = self.find(tensor)
         if found is not None:
             self.note(Write(draw_text(draw), draw.std(), "directly", found))
+            if found.whole:
+                self.forget(found.name)
 
     def write(self, where: Iterable[Place], name: str, sample: Sample) -> None:
         """Fill the places from the stream of a name."""
@@ -326,21 +414,32 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             fill_part(ordered, place.offset, strides, request, dtype, sample.finish)
 
     def find(self, tensor: Any, again: bool = False) -> Found | None:
-        """The parameter that this tensor is, or looks into."""
-        if again:
+        """The parameter that this tensor is, or looks into; again where there may be new ones."""
+        if self.stale or (again and not all(map(self.stands, self.slots))):
             self.scan()
         local = memory(tensor)
-        for name, parameter in self.owners.get(local.untyped_storage()._cdata, ()):
+        number = local.untyped_storage()._cdata
+        if not all(self.stands(slot) for slot in self.slots_of.get(number, ())):
+            self.scan()
+        for name, parameter in self.owners.get(number, ()):
+            if local.element_size() != memory(parameter).element_size():
+                continue
             where = places(local, parameter)
             if where is not None:
                 both = is_dtensor(tensor) and is_dtensor(parameter)
-                whole = (
-                    tensor.numel() == parameter.numel()
-                    if both
-                    else local.numel() == memory(parameter).numel()
-                )
-                return Found(name, parameter, where, whole)
+                sizes = [t.numel() if both else memory(t).numel() for t in (tensor, parameter)]
+                return Found(name, parameter, where, sizes[0] == sizes[1], tuple(tensor.shape))
         return None
+
+    @staticmethod
+    def stands(slot: tuple[dict[str, Any], str, Any, int]) -> bool:
+        """Whether a name is still that of a tensor, and the tensor still has its memory."""
+        names, key, tensor, number = slot
+        return names.get(key) is tensor and memory(tensor).untyped_storage()._cdata == number
+
+    def registered(self, module: nn.Module, *_: Any) -> None:
+        """Called by torch where something is set in a module."""
+        self.stale = self.stale or id(module) in self.modules
 
     def written(self, tensor: Any) -> list[Found]:
         """The parameters that are written where this is."""
@@ -363,13 +462,19 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
     def draw_temporary(self, tensor: Any, sample: Sample, fresh: bool) -> None:
         """Fill a tensor that is in no parameter, and remember how."""
         local = memory(tensor)
+        if not fresh and storage_of(tensor) in self.owners:
+            raise ValueError(
+                "a draw must be on a parameter, or on memory that has none, got one beside a parameter"
+            )
         group = self.join([tensor])
         if not fresh and local.numel() * local.element_size() < local.untyped_storage().nbytes():
             self.remember(group, local)
         self.keep(group, tensor)
 
+        then = tensor.detach()  # its shape, which operations like t_ may change
+
         def run(name: str) -> None:
-            self.write(places(local, tensor) or (), name, sample)
+            self.write(places(memory(then), then) or (), name, sample)
 
         self.add(group, True, sample.text, run)
         run(f"#{self.number}")  # until it is known where it goes
@@ -377,7 +482,8 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
     def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Any other operation: whether it writes to a parameter, and what it does with temporaries."""
         changed = [tensor for i in mutable(func) for tensor in tensors_in(argument(func, i, args, kwargs))]
-        if func.is_view and is_sharded(args[0]):
+        self.changes.update(map(storage_of, changed))
+        if func.is_view and is_sharded(args[0]) and storage_of(args[0]) not in self.groups:
             return self.view(func, args, kwargs)
         if any(storage_of(tensor) in self.copies for tensor in changed):
             return self.change_copy(func, args, kwargs)
@@ -387,37 +493,53 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         given = tensors_in((args, kwargs))
         drawn = [tensor for tensor in given if storage_of(tensor) in self.groups]
         name = func.overloadpacket.__name__
+        copies = name == "copy_" and not drawn and not any(storage_of(t) in self.settled for t in given)
+        if owned and not copies and all(found.name in self.spared for found, _ in owned):
+            return args[0]
         if drawn:
             for tensor in drawn:
                 if is_sharded(tensor) and storage_of(tensor) in self.plain:
                     refuse_shards(name)
+            new = [tensor for tensor in changed if storage_of(tensor) not in self.groups]
+            if not owned and any(self.find(tensor, again=True) for tensor in new):
+                owned = [(found, tensor) for tensor in changed for found in self.written(tensor)]
             if not owned:
                 return self.record(func, name, args, kwargs, given, changed, drawn)
-            found, tensor = owned[0]
-            if is_sharded(found.parameter) and not is_dtensor(tensor):
+            found = owned[0][0]
+            if any(other.name != found.name for other, _ in owned):
+                raise ValueError(f"random numbers must be written to one parameter at a time, got {func}")
+            if any(is_sharded(found.parameter) and not is_dtensor(tensor) for _, tensor in owned):
                 refuse_shards(name)
-            self.settle(self.join(drawn), found, name)
-        made_of = {self.settled[storage_of(t)][1]: None for t in given if storage_of(t) in self.settled}
+            self.settle(self.join(drawn), found, overwrites(func))
+        settled = [t for t in given if storage_of(t) in self.settled]
+        for tensor in settled:
+            if self.settled[storage_of(tensor)][2] and any(
+                is_sharded(found.parameter) and not is_dtensor(target) for found, target in owned
+            ):
+                refuse_shards(name)
+        made_of = {self.settled[storage_of(tensor)][1]: None for tensor in settled}
         result = func(*args, **kwargs)
-        text, std, overwrites = name, None, name in OVERWRITING
+        text, std, anew = name, None, overwrites(func)
         if name in ("zero_", "fill_"):
             value = 0 if name == "zero_" else argument(func, 1, args, kwargs)
             text, std = f"{name}{'' if name == 'zero_' else f' {value:.4g}'}", 0.0
         if made_of:
             text = ", ".join([*made_of, name])
         for found, _ in owned:
-            if found.whole and overwrites and not made_of:
+            if found.whole and anew and not made_of:
                 self.forget(found.name)
-            self.note(Write(text, std, "temporary" if made_of else "", found, overwrites))
+            self.note(Write(text, std, "temporary" if made_of else "", found, anew))
         for tensor in changed if not owned else ():
             storage = memory(tensor).untyped_storage()
             found = Found("", None, [], memory(tensor).numel() * tensor.element_size() == storage.nbytes())
-            write = Write(text, std, "temporary" if made_of else "", found, overwrites)
+            write = Write(text, std, "temporary" if made_of else "", found, anew)
             self.others[storage._cdata] = StorageWeakRef(storage), write
         if made_of and not owned:
             for tensor in tensors_in(result):
                 made = StorageWeakRef(memory(tensor).untyped_storage())
-                self.settled.setdefault(storage_of(tensor), (made, ", ".join(made_of)))
+                self.settled.setdefault(
+                    storage_of(tensor), (made, ", ".join(made_of), not is_dtensor(tensor))
+                )
         return result
 
     # Views of sharded parameters
@@ -437,8 +559,12 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 copy = Copy(StorageWeakRef(storage), found.name, found.parameter, {})
                 copy = self.copies.setdefault(storage._cdata, copy)
                 if cuts is not None:
+                    strides = row_major(tuple(found.parameter.shape))
+                    axis, start, _ = cuts[i]
+                    kept = strides if tensor.ndim == len(strides) else strides[:axis] + strides[axis + 1 :]
+                    place = Place(local.detach(), start * strides[axis], kept)
                     slices = local_slices(found.parameter, *cuts[i])
-                    copy.slices[local.storage_offset(), local.shape] = slices
+                    copy.slices[local.storage_offset(), local.shape] = slices, place
         return result
 
     def local_parts(self, tensor: Any, text: str) -> list[torch.Tensor]:
@@ -450,8 +576,10 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 "a write to a part of a sharded parameter must be to a slice of it, as others are copies, "
                 f"got {text} on a part of {copy.name}"
             )
+        if copy.name in self.spared:
+            return []
         self.note(Write(text, None, "", Found(copy.name, copy.parameter, [], False), False))
-        return slices
+        return slices[0]
 
     def change_copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation in place on such a copy: on each rank's memory of these places too."""
@@ -471,34 +599,45 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, name: str, args: Any, kwargs: Any, given: Any, changed: Any, drawn: Any
     ) -> Any:
         """Run an operation on temporaries, and keep it."""
-        group = self.join([*drawn, *changed])
+        if torch.Tag.inplace_view in func.tags:  # a shape changes, and no number
+            return func(*args, **kwargs)
+        words = ", ".join(dict.fromkeys(word for t in drawn for word in self.groups[storage_of(t)].words))
+        if name in READING:
+            refuse_reading(str(func), words)
+        if func.namespace.startswith("_c10d_functional") or (func.is_view and is_sharded(args[0])):
+            raise ValueError(f"random numbers must not be gathered before they reach a parameter, got {func}")
+        if "batch_norm" in name and argument_named(func, "training", args, kwargs):
+            raise ValueError(f"random numbers must not go through a batch norm in training, got {func}")
         for tensor in changed:
-            if storage_of(tensor) not in group.storages:
-                self.remember(group, memory(tensor))
+            if storage_of(tensor) in self.owners:
+                raise ValueError(f"a temporary must not share memory with a parameter, got {func}")
+        kept = [memory(tensor) for tensor in changed if storage_of(tensor) not in self.groups]
+        before = [(bytes_of(local), bytes_of(local).clone()) for local in kept]
+        again = {storage_of(tensor) for tensor in changed}
+        again |= {number for t in drawn for number in self.groups[storage_of(t)].storages}
+        numbers = {storage_of(tensor) for tensor in given} - again
+        versions = [(number, self.changes[number]) for number in numbers]
         inputs = {storage_of(tensor) for tensor in given}
-        again = group.storages.keys() | {storage_of(tensor) for tensor in changed}
-        versions = [(tensor, version(tensor)) for tensor in given if storage_of(tensor) not in again]
+        args_then, kwargs_then = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         result = func(*args, **kwargs)
         made = tensors_in(result)
-        if name in READING:
-            raise ValueError(
-                "a random number must reach a parameter before its value is read, as it depends on the name "
-                f"of that; draw on the parameter itself, got {func} after {', '.join(group.words)}"
-            )
+        made_then = [tensor.detach() for tensor in made]
+        group = self.join([*drawn, *changed])
+        group.before += before
         new = [storage_of(tensor) not in inputs for tensor in made]
 
         def run(_: str) -> None:
-            if any(version(tensor) != before for tensor, before in versions):
+            if any(self.changes[number] != before for number, before in versions):
                 raise ValueError(
                     f"what is computed with random numbers must not change before they reach a parameter, "
                     f"got a change after {func}"
                 )
-            for tensor, fresh, is_new in zip(made, tensors_in(func(*args, **kwargs)), new, strict=True):
+            fresh_ones = tensors_in(func(*args_then, **kwargs_then))
+            for tensor, fresh, is_new in zip(made_then, fresh_ones, new, strict=True):
                 if is_new:
                     if tensor.shape != fresh.shape:
                         raise ValueError(
-                            "random numbers on temporaries must not decide on a shape, got "
-                            f"{func} after {', '.join(group.words)}"
+                            f"random numbers on temporaries must not decide a shape, got {func} after {words}"
                         )
                     tensor.copy_(fresh)
 
@@ -530,8 +669,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         """What a storage holds before random numbers come to it, unless that is known."""
         storage = local.untyped_storage()
         if storage._cdata not in group.storages:
-            held = torch.empty(0, dtype=torch.uint8, device=local.device).set_(storage)
-            group.before.append((held, held.clone()))
+            group.before.append((bytes_of(local), bytes_of(local).clone()))
 
     def add(self, group: Group, draws: bool, word: str, run: Callable[[str], None]) -> None:
         """Remember an operation."""
@@ -540,11 +678,13 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         if word not in group.words:
             group.words.append(word)
 
-    def settle(self, group: Group, found: Found, name: str) -> None:
+    def settle(self, group: Group, found: Found, anew: bool) -> None:
         """Make the temporaries of a group again, from the streams of the parameter that they reach."""
         key = found.key()
-        if name in OVERWRITING and (found.whole or not is_dtensor(found.parameter)):
-            self.counts[key] = 0  # what it took before is gone: running a recipe twice changes nothing
+        if anew:  # what it took before is gone: running a recipe twice changes nothing
+            self.counts[key] = 0
+            if found.whole:
+                self.forget(found.name)
         for held, before in group.before:
             held.copy_(before)
         for step in sorted(group.steps, key=lambda step: step.number):
@@ -555,8 +695,8 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 step.run("")
         for number, storage in group.storages.items():
             del self.groups[number]
+            self.settled[number] = StorageWeakRef(storage), ", ".join(group.words), number in self.plain
             self.plain.discard(number)
-            self.settled[number] = StorageWeakRef(storage), ", ".join(group.words)
         group.steps.clear()  # they hold the temporaries, and the group
         group.before.clear()
 
@@ -564,7 +704,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         """At the end: temporaries that have become parameters."""
         self.scan()
         with torch.no_grad():
-            for name, parameter in self.tensors():
+            for name, parameter, _ in self.tensors():
                 group = self.groups.get(storage_of(parameter))
                 if group is None:
                     continue
@@ -572,13 +712,13 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                     refuse_shards(name)
                 found = self.find(parameter)
                 if found is not None:
-                    self.settle(group, found, "copy_")
+                    self.settle(group, found, True)
                     self.note(Write(", ".join(group.words), None, "temporary", found))
         self.lost = sum(step.draws for group in set(self.groups.values()) for step in group.steps)
 
     def forget(self, name: str) -> None:
         """A parameter is written anew: what reached it before is gone."""
-        for key in [key for key in self.counts if key == name or key.startswith(f"{name}@")]:
+        for key in [key for key in self.counts if key.startswith(f"{name}.")]:
             del self.counts[key]
 
     def note(self, write: Write) -> None:
@@ -590,7 +730,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
     def fill(self, report: Report) -> None:
         """The rows and the notes."""
         parameters = {name for name, _, _ in named_parameters(self.module)}
-        for name, tensor in self.tensors():
+        for name, tensor, _ in self.tensors():
             writes = self.log.get(name, [])
             if not writes and (found := self.find(tensor)) is not None:  # a view of another one
                 writes = self.log.get(found.name, [])
@@ -598,20 +738,28 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 writes = [self.others[storage_of(tensor)][1]]
             if name in parameters or any(write.drawn for write in writes):
                 report.append(row_of(name, tensor, writes))
-        missing = [row.name for row in report if row.written == "not written"]
+        spared = [row.name for row in report if row.name in self.spared and row.written == "not written"]
+        if spared:
+            report.notes.append(f"Left alone, as they are frozen: {listing(spared)}.")
+        missing = [row.name for row in report if row.written == "not written" and row.name not in self.spared]
         if missing:
-            report.notes.append(f"The recipe never wrote {', '.join(missing)}.")
+            report.notes.append(f"The recipe never wrote {listing(missing)}.")
         temporary = [row.name for row in report if row.written == "temporary"]
         if temporary:
-            report.notes.append(f"Drawn on temporaries: {', '.join(temporary)}.")
+            report.notes.append(f"Drawn on temporaries: {listing(temporary)}.")
         if self.lost:
             report.notes.append(f"{self.lost} draws on temporaries reached no parameter and no buffer.")
+
+
+def listing(names: list[str]) -> str:
+    """The first five, and how many more there are: the rows have them all."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def row_of(name: str, tensor: Any, writes: list[Write]) -> Row:
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
-    if not writes or is_fake(memory(tensor)):
+    if not any(write.drawn or write.overwrites for write in writes) or is_fake(memory(tensor)):
         written = "meta, not written" if is_fake(memory(tensor)) else "not written"
         return Row(name, shape, dtype, "-", None, written)
     last = max((i for i, write in enumerate(writes) if write.drawn), default=-1)
@@ -668,12 +816,14 @@ def find_sample(func: Any, name: str, given: dict[str, Any]) -> Sample:
         return Sample(f"uniform_ {low:.4g} to {high:.4g}", parse_uniform((low, high), names=("a", "b")))
     if name in ("randn", "randn_like"):
         return Sample(name, parse_normal(1.0, 0.0, name="std"))
-    if name in ("rand", "rand_like"):
-        return Sample(name, parse_uniform((0.0, 1.0), names=("a", "b")))
+    if name in ("rand", "rand_like"):  # [0, 1), as torch promises; in float32 for the 16-bit types' sake
+        dtype = given.get("dtype") or (given["self"].dtype if "self" in given else torch.get_default_dtype())
+        top = 1 - torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 1.0
+        return Sample(name, parse_uniform((0.0, top)))
     if name == "bernoulli_" and overload == "float":
         p = parse_number("p", given.get("p", 0.5), least=0)
         return Sample(f"bernoulli_ p={p:.4g}", UNIT, lambda u: (u < p) | (p >= 1))
-    if name == "random_" and "to" in given:
+    if name == "random_" and given.get("to") is not None:
         return integers(name, given.get("from", 0), given["to"])
     if name in ("randint", "randint_like") and "Tensor" not in overload:
         return integers(name, given.get("low", 0), given["high"])
@@ -740,16 +890,34 @@ def mutable(func: Any) -> tuple[int, ...]:
     return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
+def overwrites(func: Any) -> bool:
+    """Whether an operation leaves nothing of what it writes to."""
+    return func.overloadpacket.__name__ in OVERWRITING or func._overloadname.endswith("out")
+
+
 def argument(func: Any, i: int, args: Any, kwargs: Any) -> Any:
     return args[i] if i < len(args) else kwargs.get(func._schema.arguments[i].name)
 
 
-def version(tensor: Any) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def is_sharded(tensor: Any) -> bool:
     return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def bytes_of(local: torch.Tensor) -> torch.Tensor:
+    """All of its storage."""
+    return torch.empty(0, dtype=torch.uint8, device=local.device).set_(local.untyped_storage())
+
+
+def argument_named(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    places = [i for i, known in enumerate(func._schema.arguments) if known.name == name]
+    return argument(func, places[0], args, kwargs) if places else None
+
+
+def refuse_reading(what: str, words: str) -> None:
+    raise ValueError(
+        "a random number must reach a parameter before its value is read, as it depends on the name of that; "
+        f"draw on the parameter itself, got {what} after {words}"
+    )
 
 
 def refuse_shards(name: str) -> None:

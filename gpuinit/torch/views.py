@@ -60,7 +60,7 @@ def address(distance: int, tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The index of the element that lies so far from the first one; None where none does."""
     index = [0] * tensor.ndim
     for axis in sorted(range(tensor.ndim), key=tensor.stride, reverse=True):
-        if tensor.shape[axis] > 1:
+        if tensor.shape[axis] > 1 and tensor.stride(axis):
             index[axis], distance = divmod(distance, tensor.stride(axis))
     return None if distance or min(index, default=0) < 0 else tuple(index)
 
