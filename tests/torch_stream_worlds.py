@@ -55,7 +55,7 @@ class Net(nn.Module):
             nn.init.zeros_(block.norm.bias)
         self.fused.copy_(torch.cat([torch.randn(6, 8), torch.rand(6, 8) * 2]))
         self.decay.copy_(torch.empty_like(self.decay).uniform_(1, 16).mul_(2))
-        self.like.copy_(torch.randn_like(self.like))
+        self.like.copy_(torch.randn_like(self.like).detach())
         nn.init.kaiming_uniform_(self.one)
         self.table.uniform_()
 

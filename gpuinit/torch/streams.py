@@ -151,8 +151,9 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
 
     Raises:
         TypeError, ValueError: In the block, for a random operation that is not known (cauchy_, exponential_,
-            dropout, ...), a dtype that cannot be drawn, a temporary whose values are read (`item`) before
-            they reach a parameter, or one that every rank would write to its own shard.
+            dropout, ...), a dtype that cannot be drawn, a temporary whose values are read (`item`, `numpy`)
+            before they reach a parameter, or one that every rank would write to its own shard; and for a
+            block within a block.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -164,7 +165,7 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
 
 @contextmanager
 def recipe_in_streams(module: nn.Module, key: int, spared: set[str]) -> Iterator[Report]:
-    """The same, but for what is drawn on some parameters and buffers, or set to one number: it is not."""
+    """The same; parameters and buffers that are spared keep what they have, but for what is copied there."""
     if within.get() is not None:
         raise ValueError("streams must not be within other ones, got a block in a block")
     report = Report()
@@ -604,8 +605,8 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         words = ", ".join(dict.fromkeys(word for t in drawn for word in self.groups[storage_of(t)].words))
         if name in READING:
             refuse_reading(str(func), words)
-        if func.namespace.startswith("_c10d_functional") or (func.is_view and is_sharded(args[0])):
-            raise ValueError(f"random numbers must not be gathered before they reach a parameter, got {func}")
+        if func.namespace.startswith("_c10d_functional"):
+            refuse_gathering(func)
         if "batch_norm" in name and argument_named(func, "training", args, kwargs):
             raise ValueError(f"random numbers must not go through a batch norm in training, got {func}")
         for tensor in changed:
@@ -622,9 +623,11 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         result = func(*args, **kwargs)
         made = tensors_in(result)
         made_then = [tensor.detach() for tensor in made]
+        new = [storage_of(tensor) not in inputs for tensor in made]
+        if func.is_view and any(new) and is_sharded(args[0]):  # one across the shards
+            refuse_gathering(func)
         group = self.join([*drawn, *changed])
         group.before += before
-        new = [storage_of(tensor) not in inputs for tensor in made]
 
         def run(_: str) -> None:
             if any(self.changes[number] != before for number, before in versions):
@@ -816,7 +819,7 @@ def find_sample(func: Any, name: str, given: dict[str, Any]) -> Sample:
         return Sample(f"uniform_ {low:.4g} to {high:.4g}", parse_uniform((low, high), names=("a", "b")))
     if name in ("randn", "randn_like"):
         return Sample(name, parse_normal(1.0, 0.0, name="std"))
-    if name in ("rand", "rand_like"):  # [0, 1), as torch promises; in float32 for the 16-bit types' sake
+    if name in ("rand", "rand_like"):  # [0, 1), up to the number before 1
         dtype = given.get("dtype") or (given["self"].dtype if "self" in given else torch.get_default_dtype())
         top = 1 - torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 1.0
         return Sample(name, parse_uniform((0.0, top)))
@@ -918,6 +921,10 @@ def refuse_reading(what: str, words: str) -> None:
         "a random number must reach a parameter before its value is read, as it depends on the name of that; "
         f"draw on the parameter itself, got {what} after {words}"
     )
+
+
+def refuse_gathering(func: Any) -> None:
+    raise ValueError(f"random numbers must not be gathered before they reach a parameter, got {func}")
 
 
 def refuse_shards(name: str) -> None:
