@@ -116,7 +116,7 @@ def test_parts_from_temporaries_are_those_of_a_plain_parameter(world):
 
 def test_what_is_gathered_before_it_reaches_a_parameter_is_refused(world):
     for found in world:
-        for name in ("gathered", "a slice of a temporary")[len(world) == 1 :]:
+        for name in ("gathered", "a slice of a temporary") if len(world) > 1 else ():
             assert found["draws"][name].startswith("ValueError: random numbers must not be gathered"), name
 
 
