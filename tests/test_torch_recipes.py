@@ -82,6 +82,8 @@ def test_it_is_found_below_wrappers_and_other_modules():
     report = gt.initialize_(nn.ModuleDict({"a": second, "b": poisoned(nn.Linear(2, 2))}), recipe="own")
     assert tobytes(second.layer.weight) == tobytes(normal((4, 4), "a.layer.weight", 0.1))
     assert [row.written for row in report] == ["whole"] * 6
+    plain = gt.initialize_(nn.DataParallel(nn.Sequential(nn.Linear(2, 2))), recipe="own")
+    assert plain.notes[0].startswith("Reset the parts of Sequential, which has no recipe of its own")
     assert report.notes[0] == "Reset the parts of Model, then ran its init_weights."
 
 
