@@ -495,6 +495,12 @@ def swap(made):
     made.w.normal_()
 
 
+def swap_unseen(made):
+    names = made._parameters  # which Module.to_empty and its kind write to
+    names["w"], names["v"] = names["v"], names["w"]
+    made.w.normal_()
+
+
 def rename(made):
     weight = made.w
     del made.w
@@ -503,9 +509,10 @@ def rename(made):
 
 
 def test_a_name_is_that_of_the_moment():
-    made = model(w=SHAPE, v=SHAPE)
-    run(made, swap)
-    assert tobytes(made.w) == tobytes(normal(SHAPE, "w"))
+    for exchange in (swap, swap_unseen):
+        made = model(w=SHAPE, v=SHAPE)
+        run(made, exchange)
+        assert tobytes(made.w) == tobytes(normal(SHAPE, "w"))
     made = model(w=SHAPE, v=SHAPE)
     run(made, rename)
     assert tobytes(made.u) == tobytes(normal(SHAPE, "u"))
