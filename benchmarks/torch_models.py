@@ -481,7 +481,11 @@ def causes(model: nn.Module, row: dict[str, Any]) -> dict[str, str]:
             tied & padded,
             "tied; who writes last decides on the padding row",
         ),
-        (("registered backwards",), tied, "tied; another of its names is the first"),
+        (
+            ("the recipe backwards", "registered backwards"),
+            tied,
+            "tied; another of its names is the first",
+        ),
         (RANKS, padded, "padding row; the recipe zeroes a copy of a DTensor's row"),
     ]
     found = {}

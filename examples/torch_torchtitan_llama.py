@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 1 examples/torch_torchtitan_llama.py
     torchrun --nproc-per-node 4 examples/torch_torchtitan_llama.py
 
-Its `init_states` draws truncated normals whose standard deviation falls with the depth of the layer, and makes
-the three projections of attention apart before it writes them into one weight. initialize_(recipe="own") finds
-it, and gives every draw the stream of the parameter that it reaches.
+Its `init_states` draws truncated normals whose standard deviation falls with the depth of the layer, and
+makes the three projections of attention apart before it writes them into one weight.
+initialize_(recipe="own") finds it, and gives every draw the stream of the parameter that it reaches.
 """
 
 from __future__ import annotations
