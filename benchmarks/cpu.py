@@ -274,6 +274,26 @@ def inspect(make: Make, shape: tuple[int, ...], dtype: str, std_of: Any) -> dict
     }
 
 
+def in_new_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """What a function sends through the connection that it is given last, in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=target, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def peak_beyond(call: Callable[[], Any]) -> int | None:
+    """The peak memory of a call beyond what is there, in bytes; None where it cannot be told."""
+    gc.collect()
+    before = reset_peak()
+    call()
+    return None if before is None else max(0, status("VmHWM") - before)
+
+
 def reset_peak() -> int | None:
     """The memory that this process holds, once its peak is set to that; None where that cannot be done."""
     try:

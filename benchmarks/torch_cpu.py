@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -132,24 +130,10 @@ def seconds(case: str, rounds: int, small: bool) -> dict[str, list[float]]:
 
 
 def peak(case: str, name: str, small: bool, connection: Any) -> None:
-    """Send the peak memory of one call beyond the module, in bytes; None where it cannot be told."""
+    """Send the peak memory of one call beyond the module."""
     CONTENDERS[name](written(CASES["GPT-2, 124 M parameters"](True)))  # imports, compilers, thread pools
     module = written(CASES[case](small))
-    gc.collect()
-    before = cpu.reset_peak()
-    CONTENDERS[name](module)
-    connection.send(None if before is None else max(0, cpu.status("VmHWM") - before))
-
-
-def peak_of(case: str, name: str, small: bool) -> int | None:
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=peak, args=(case, name, small, theirs))
-    process.start()
-    theirs.close()
-    found: int | None = ours.recv()
-    process.join()
-    return found
+    connection.send(cpu.peak_beyond(lambda: CONTENDERS[name](module)))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -189,7 +173,7 @@ def main() -> None:
                 "seconds": statistics.median(times[name]),
                 "ratio": statistics.median(times[name]) / ours,
                 "all_seconds": times[name],
-                "peak_bytes": peak_of(case, name, options.small),
+                "peak_bytes": cpu.in_new_process(peak, case, name, options.small),
             }
             for name in CONTENDERS
         }

@@ -698,7 +698,7 @@ def in_memory(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def peak(case: str, name: str, connection: Any) -> None:
-    """Send the peak memory of one call beyond the module, in bytes; None where it cannot be told."""
+    """Send the peak memory of one call beyond the module."""
     quiet()
     make, contenders = SPEEDS[case]
     warm = small_gpt2 if make is full_gpt2 else lambda: nn.Embedding(4_000, 64, device="meta")
@@ -706,21 +706,7 @@ def peak(case: str, name: str, connection: Any) -> None:
     contenders[name](in_memory(warm))  # imports, compilers, thread pools
     del os.environ["GPUINIT_CPU_ENGINE"]
     module = in_memory(make)
-    gc.collect()
-    before = cpu.reset_peak()
-    contenders[name](module)
-    connection.send(None if before is None else max(0, cpu.status("VmHWM") - before))
-
-
-def peak_of(case: str, name: str) -> int | None:
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=peak, args=(case, name, theirs))
-    process.start()
-    theirs.close()
-    found: int | None = ours.recv()
-    process.join()
-    return found
+    connection.send(cpu.peak_beyond(lambda: contenders[name](module)))
 
 
 def speeds(rounds: int) -> dict[str, Any]:
@@ -745,7 +731,7 @@ def speeds(rounds: int) -> dict[str, Any]:
                 found[case][name] = {
                     "seconds": statistics.median(times[name]),
                     "all_seconds": times[name],
-                    "peak_bytes": peak_of(case, name),
+                    "peak_bytes": cpu.in_new_process(peak, case, name),
                 }
                 progress.update()
     return found

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from types import FunctionType
@@ -44,7 +43,17 @@ from gpuinit.distributions import TRUNCATED_STD, Draw, draw_of, parse_normal, pa
 from gpuinit.fans import DEFAULT_AXES, fans
 from gpuinit.initializers import DTYPES, find_draw, make, parse_dtype
 from gpuinit.memory import empty_aligned
-from gpuinit.rules import Report, Row, Rule, Uncovered, find_rule, parse_rules, refuse_uncovered
+from gpuinit.rules import (
+    Report,
+    Row,
+    Rule,
+    Uncovered,
+    find_rule,
+    noting,
+    parse_rules,
+    refuse_uncovered,
+    spare_frozen,
+)
 from gpuinit.stream import as_integer, as_integers, parse_seed, parse_shape
 
 __all__ = [
@@ -430,7 +439,11 @@ def initialize(
     # Parents first, so that the innermost stays, wherever a layer that is shared was met first.
     for layer in sorted(model._flatten_layers(), key=lambda layer: -len(layer._flatten_layers())):
         owners.update({id(variable): layer for variable in layer.weights})
-    plan = [(variable, *choose(chosen, owners[id(variable)], variable, key)) for variable in model.weights]
+    naming = spare_frozen(chosen, DEFAULT_RULES)
+    plan = []
+    for variable in model.weights:
+        owner = owners[id(variable)]
+        plan.append((variable, *choose(chosen if owner.trainable else naming, owner, variable, key)))
     if strict:
         refuse_uncovered(
             [
@@ -444,31 +457,12 @@ def initialize(
     return Report([row for _, _, row in plan])
 
 
-@contextmanager
-def noting(variable: Any) -> Iterator[None]:
-    """An error says which variable it is about."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"This is variable {variable.path}.")
-        raise
-
-
-def naming(rules: list[Rule]) -> list[Rule]:
-    """The rules as a frozen layer sees them: those of the caller, but for "*"."""
-    return [
-        (pattern, None if pattern == "*" or (pattern, initializer) in DEFAULT_RULES else initializer)
-        for pattern, initializer in rules
-    ]
-
-
 def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any, Row]:
     """The initialiser of one variable, or None, and its row. What can be checked is, and nothing is made."""
     shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
     std = None
-    frozen = not owner.trainable
-    with noting(variable):
-        initializer = find_rule(naming(rules) if frozen else rules, owner, variable.path)
+    with noting(f"This is variable {variable.path}."):
+        initializer = find_rule(rules, owner, variable.path)
         if isinstance(initializer, FunctionType):
             initializer = initializer(owner)
         initializer = initializers.get(initializer)
@@ -478,12 +472,12 @@ def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any,
         elif isinstance(initializer, Zeros | Ones | Constant):
             std = 0.0
     rule = "-" if initializer is None else type(initializer).__name__
-    written = "whole" if initializer is not None else "frozen" if frozen else "not written"
+    written = "whole" if initializer is not None else "not written" if owner.trainable else "frozen"
     return initializer, Row(variable.path, shape, dtype, rule, std, written)
 
 
 def fill(variable: Any, initializer: Any, row: Row, key: int) -> None:
-    with noting(variable):
+    with noting(f"This is variable {variable.path}."):
         if isinstance(initializer, Drawn):
             layout = None
             if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from itertools import takewhile
@@ -96,6 +97,21 @@ def find_rule(rules: list[Rule], owner: Any, name: str) -> Any:
         if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(owner, name):
             return initializer
     return None
+
+
+def spare_frozen(rules: Sequence[Rule], defaults: Sequence[Rule]) -> list[Rule]:
+    """The rules as what is frozen sees them: those of the caller, but for "*", which names nothing."""
+    return [(pattern, None if pattern == "*" or (pattern, f) in defaults else f) for pattern, f in rules]
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """An error says which parameter it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 class Uncovered(NamedTuple):

@@ -436,9 +436,10 @@ def test_orthogonal_of_any_shape(shape):
     assert torch.allclose(small, torch.eye(len(small)), atol=1e-5)
 
 
-def test_a_temporary_that_is_turned_is_made_again_as_it_was():
+@pytest.mark.parametrize("draw", [lambda: torch.randn(6, 6), lambda: torch.empty(6, 6).normal_()])
+def test_a_temporary_that_is_turned_is_made_again_as_it_was(draw):
     def recipe(made):
-        drawn = torch.randn(6, 6)
+        drawn = draw()
         first = drawn[0]
         drawn.t_()
         first.mul_(3)

@@ -13,22 +13,12 @@ import torch.distributed as dist
 import torch_worlds
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import gpuinit.torch as gt
 
 SEED = 7
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 13)
-        self.down = nn.Linear(13, 8)
-        self.norm = nn.LayerNorm(8)
 
 
 class Net(nn.Module):
@@ -37,7 +27,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8, padding_idx=7)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(torch_worlds.Block() for _ in range(2))
         self.fused = nn.Parameter(torch.empty(12, 8))
         self.decay = nn.Parameter(torch.empty(5))
         self.like = nn.Parameter(torch.empty(5, 2))
@@ -65,24 +55,6 @@ def on_meta() -> Net:
         return Net()
 
 
-def sharded(mesh: Any) -> Net:
-    model = on_meta()
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def both(square: Any) -> Net:
-    """Tensor parallel, then sharded."""
-    model = on_meta()
-    for block in model.blocks:
-        parallelize_module(block, square["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        fully_shard(block, mesh=square["dp"])
-    fully_shard(model, mesh=square["dp"])
-    return model
-
-
 def digests(model: nn.Module) -> dict[str, str]:
     found = torch_worlds.full_digests(model)
     return found | {name: torch_worlds.digest(buffer) for name, buffer in model.named_buffers()}
@@ -90,10 +62,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 def initialised(model: nn.Module) -> dict[str, Any]:
     """Its weights, and the report, of a recipe that was run without a collective."""
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(77)
+    torch_worlds.poisoned(model)
     torch.manual_seed(dist.get_rank())
     with (
         torch_worlds.NoCollectives(),
@@ -170,10 +139,14 @@ def run(rank: int, world: int, folder: str) -> None:
         "gloo", f"file://{folder}/store", timedelta(minutes=5), rank=rank, world_size=world
     )
     mesh = init_device_mesh("cpu", (world,))
-    models = {"bare": on_meta(), "fully_shard": sharded(mesh)}
+    models = {"bare": on_meta(), "fully_shard": torch_worlds.fsdp(on_meta(), mesh)}
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        models |= {"hybrid sharding, 2x2": sharded(square), "tensor parallel and fully_shard": both(square)}
+        parallel = torch_worlds.tensor_parallel(on_meta(), square["tp"])
+        models |= {
+            "hybrid sharding, 2x2": torch_worlds.fsdp(on_meta(), square),
+            "tensor parallel and fully_shard": torch_worlds.fsdp(parallel, square["dp"]),
+        }
     found = {
         "models": {name: initialised(model) for name, model in models.items()},
         "draws": draws(mesh),

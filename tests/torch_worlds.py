@@ -84,25 +84,31 @@ def on_meta() -> Net:
         return Net()
 
 
-def fsdp(model: Net, mesh: Any, **options: Any) -> Net:
+def fsdp(model: Any, mesh: Any, **options: Any) -> Any:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
 
 
-def materialise(model: Net) -> Net:
-    """Memory for the shards, poisoned; then the weights, without a collective."""
+def poisoned(model: Any) -> Any:
+    """With memory for its shards, which holds what no recipe draws."""
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(77)
+    return model
+
+
+def materialise(model: Net) -> Net:
+    """The weights, without a collective."""
+    poisoned(model)
     with NoCollectives():
         gt.initialize_(model, seed=SEED)
     return model
 
 
-def tensor_parallel(model: Net, mesh: Any) -> Net:
+def tensor_parallel(model: Any, mesh: Any) -> Any:
     for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     return model

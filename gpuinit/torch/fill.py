@@ -17,7 +17,7 @@ from gpuinit.distributions import Draw, find_sampling
 from gpuinit.initializers import DTYPES
 from gpuinit.stream import Run, parse_name, parse_seed, row_major, strided_runs
 from gpuinit.torch.graphs import refuse_traced
-from gpuinit.torch.shards import is_dtensor, parts
+from gpuinit.torch.shards import is_dtensor, memory, parts
 
 SCRATCH = 2**21  # elements, for what cannot be written where it lies
 
@@ -42,9 +42,7 @@ def check(tensor: Any) -> None:
         raise TypeError(
             "tensor must have a shape; run the lazy module once before, got an uninitialized parameter"
         )
-    if is_dtensor(tensor):
-        with torch.no_grad():
-            tensor = tensor.to_local()
+    tensor = memory(tensor)
     if hasattr(type(tensor), "__tensor_flatten__"):  # a wrapper round other tensors: it has no memory itself
         raise TypeError(f"tensor must be a plain tensor or a DTensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:

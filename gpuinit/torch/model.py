@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -12,7 +12,17 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from gpuinit.rules import WANTED, Report, Row, Uncovered, find_rule, parse_rules, refuse_uncovered
+from gpuinit.rules import (
+    WANTED,
+    Report,
+    Row,
+    Uncovered,
+    find_rule,
+    noting,
+    parse_rules,
+    refuse_uncovered,
+    spare_frozen,
+)
 from gpuinit.stream import parse_seed
 from gpuinit.torch import default_rules, in_place, init
 from gpuinit.torch.default_rules import (
@@ -23,12 +33,12 @@ from gpuinit.torch.default_rules import (
     Rule,
     reset_buffers,
 )
-from gpuinit.torch.fill import check, checking, draw_seed, recorded_stds, within
+from gpuinit.torch.fill import check, checking, draw_seed, is_fake, recorded_stds, within
 from gpuinit.torch.graphs import outside_graphs
 from gpuinit.torch.names import named_parameters, walk
 from gpuinit.torch.recipes import run_recipe
-from gpuinit.torch.shards import is_dtensor, parts
-from gpuinit.torch.streams import recipe_in_streams, streams
+from gpuinit.torch.shards import memory, parts
+from gpuinit.torch.streams import check_model, recipe_in_streams, streams
 
 CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_, default_rules.prelu_, default_rules.magnitude_)
 
@@ -130,16 +140,13 @@ def initialize_(
     All parameters are checked before one is written, so that after an error the model is as it was; but what
     a recipe raises, or a function that is not gpuinit's, comes when its turn does.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_model(module, seed)
     if not (recipe is None or recipe == "own" or callable(recipe)):
         raise TypeError(f'recipe must be None, "own" or a function of the model, got {recipe!r}')
     if rules is None:
         rules = DEFAULT_RULES if recipe is None else ()
     chosen = parse_torch_rules(rules)
     found = owned_parameters(module)
-    if seed is None and any(is_dtensor(parameter) for _, parameter, _ in found):
-        raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
     key = None if seed is None else parse_seed(seed)
     if recipe is None:
         return by_rules(module, find_rules(found, chosen), key, strict)
@@ -150,12 +157,8 @@ def initialize_(
     jobs = find_rules(owned_parameters(module), chosen)
     empty = {job.name for job in jobs if not job.parameter.numel()}
     left = [job for job in jobs if job.name in unwritten - empty]
-    filled = {row.name: row for row in by_rules(module, left, key, strict, after_recipe=True)}
     drawn = {job.parameter for job in jobs if job.name not in unwritten}
-    for prefix, part in walk(module):
-        if not isinstance(part, BATCH_NORMS):
-            with torch.no_grad():
-                reset_buffers(part, prefix, key, drawn)
+    filled = {row.name: row for row in by_rules(module, left, key, strict, drawn)}
     rows = [row._replace(written="whole") if row.name in unwritten & empty else row for row in report]
     return Report([filled.get(row.name, row) for row in rows], [*notes, *report.notes])
 
@@ -192,16 +195,14 @@ def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Modu
     ]
     for name, parameter, owner in found:
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            with noting(name, owner):
+            with noting(note(name, owner)):
                 check(parameter)
     return found
 
 
 def find_rules(found: Iterable[tuple[str, torch.Tensor, nn.Module]], chosen: list[Rule]) -> list[Job]:
     """The first rule that fits, for every parameter."""
-    naming = [  # as a frozen parameter sees them
-        (pattern, None if pattern == "*" or (pattern, f) in DEFAULT_RULES else f) for pattern, f in chosen
-    ]
+    naming = spare_frozen(chosen, DEFAULT_RULES)
     return [
         Job(name, parameter, owner, find_rule(chosen if parameter.requires_grad else naming, owner, name))
         for name, parameter, owner in found
@@ -209,9 +210,17 @@ def find_rules(found: Iterable[tuple[str, torch.Tensor, nn.Module]], chosen: lis
 
 
 def by_rules(
-    module: nn.Module, jobs: list[Job], key: int | None, strict: bool, after_recipe: bool = False
+    module: nn.Module,
+    jobs: list[Job],
+    key: int | None,
+    strict: bool,
+    drawn: set[torch.Tensor] | None = None,
 ) -> Report:
-    """Check all, then fill all; the seed is drawn in between where there is none."""
+    """Check all, then fill all; the seed is drawn in between where there is none.
+
+    drawn are the parameters that a recipe wrote before, where there was one.
+    """
+    after_recipe = drawn is not None
     if strict:
         refuse_uncovered(
             [
@@ -238,18 +247,19 @@ def by_rules(
             rule, std, written = "-", None, "not written"
             if initializer is not None:
                 rule, std = describe(initializer), apply(initializer, parameter, key, name, owner)
-                written = "meta, not written" if is_meta(parameter) else "whole"
+                written = "meta, not written" if is_fake(memory(parameter)) else "whole"
                 filled.add(parameter)
             elif not parameter.requires_grad:
                 written = "frozen"
                 frozen.add(parameter)
             dtype = str(parameter.dtype).removeprefix("torch.")
             report.append(Row(name, tuple(parameter.shape), dtype, rule, std, written))
+        new = filled | (drawn or set())
         for prefix, part in walk(module):
             own = set(part.parameters(recurse=False))
-            left_alone = own <= frozen if own else after_recipe
-            if not (isinstance(part, BATCH_NORMS) and (left_alone or (after_recipe and not own & filled))):
-                reset_buffers(part, prefix, key, filled)
+            left_alone = not own & filled if after_recipe else bool(own) and own <= frozen
+            if not (isinstance(part, BATCH_NORMS) and left_alone):
+                reset_buffers(part, prefix, key, new)
     return report
 
 
@@ -272,13 +282,8 @@ def parse_torch_rules(rules: Any) -> list[Rule]:
     return pairs
 
 
-@contextmanager
-def noting(name: str, owner: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"This is parameter {name}, of a {type(owner).__name__}.")
-        raise
+def note(name: str, owner: nn.Module) -> str:
+    return f"This is parameter {name}, of a {type(owner).__name__}."
 
 
 def check_rule(
@@ -286,7 +291,7 @@ def check_rule(
 ) -> None:
     """Raise what filling would, as far as that can be known without writing."""
     function, words = unwrap(initializer)
-    with noting(name, owner):
+    with noting(note(name, owner)):
         if parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 "module must be filled in inference mode, where it was built, got it outside of that"
@@ -361,7 +366,7 @@ def apply(
     """Fill one parameter; return the standard deviation where it is known."""
     token = recorded_stds.set([])
     try:
-        with noting(name, owner):
+        with noting(note(name, owner)):
             call(initializer, parameter, key, name, owner)
         stds = recorded_stds.get()
     finally:
@@ -411,9 +416,3 @@ def zero_row(parameter: torch.Tensor, row: int) -> None:
     for tensor, starts in places:
         if starts[0] <= row < starts[0] + tensor.shape[0]:
             tensor[row - starts[0]].zero_()
-
-
-def is_meta(parameter: Any) -> bool:
-    """Whether it has no memory; fake tensors too."""
-    local = parameter.to_local() if is_dtensor(parameter) else parameter
-    return local.is_meta or hasattr(local, "fake_mode")

@@ -34,6 +34,12 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def memory(tensor: Any) -> torch.Tensor:
+    """The tensor itself, or of a DTensor the memory of this rank, as it is."""
+    local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
+
+
 def parts(tensor: Any) -> tuple[torch.Tensor, list[Part]]:
     """The memory of this rank, and the parts of the whole tensor in it, which cover it."""
     if not is_dtensor(tensor):

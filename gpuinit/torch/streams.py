@@ -32,7 +32,7 @@ from gpuinit.stream import parse_name, parse_seed, row_major
 from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
 from gpuinit.torch.init import parse_truncated
 from gpuinit.torch.names import named_parameters, walk
-from gpuinit.torch.shards import is_dtensor, local_slices, parts
+from gpuinit.torch.shards import is_dtensor, local_slices, memory, parts
 from gpuinit.torch.views import Place, places
 
 aten = torch.ops.aten
@@ -155,12 +155,17 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
             before they reach a parameter, or one that every rank would write to its own shard; and for a
             block within a block.
     """
+    check_model(module, seed)
+    with recipe_in_streams(module, parse_seed(draw_seed() if seed is None else seed), set()) as report:
+        yield report
+
+
+def check_model(module: Any, seed: SupportsIndex | None) -> None:
+    """Raise where it is no module, or needs a seed that all ranks share and has none."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if seed is None and any(is_dtensor(parameter) for _, parameter, _ in named_parameters(module)):
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
-    with recipe_in_streams(module, parse_seed(draw_seed() if seed is None else seed), set()) as report:
-        yield report
 
 
 @contextmanager
@@ -306,7 +311,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
     def random(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation that draws."""
         name = func.overloadpacket.__name__
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        given = named(func, args, kwargs)
         sample = find_sample(func, name, given)
         if name.endswith("_"):
             return self.draw(given["self"], sample)
@@ -468,8 +473,9 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
                 "a draw must be on a parameter, or on memory that has none, got one beside a parameter"
             )
         group = self.join([tensor])
-        if not fresh and local.numel() * local.element_size() < local.untyped_storage().nbytes():
-            self.remember(group, local)
+        is_part = local.numel() * local.element_size() < local.untyped_storage().nbytes()
+        if not fresh and is_part and storage_of(tensor) not in group.storages:
+            group.before.append(saved(local))
         self.keep(group, tensor)
 
         then = tensor.detach()  # its shape, which operations like t_ may change
@@ -607,13 +613,12 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             refuse_reading(str(func), words)
         if func.namespace.startswith("_c10d_functional"):
             refuse_gathering(func)
-        if "batch_norm" in name and argument_named(func, "training", args, kwargs):
+        if "batch_norm" in name and named(func, args, kwargs).get("training"):
             raise ValueError(f"random numbers must not go through a batch norm in training, got {func}")
         for tensor in changed:
             if storage_of(tensor) in self.owners:
                 raise ValueError(f"a temporary must not share memory with a parameter, got {func}")
-        kept = [memory(tensor) for tensor in changed if storage_of(tensor) not in self.groups]
-        before = [(bytes_of(local), bytes_of(local).clone()) for local in kept]
+        before = [saved(memory(tensor)) for tensor in changed if storage_of(tensor) not in self.groups]
         again = {storage_of(tensor) for tensor in changed}
         again |= {number for t in drawn for number in self.groups[storage_of(t)].storages}
         numbers = {storage_of(tensor) for tensor in given} - again
@@ -667,12 +672,6 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         self.settled.pop(storage._cdata, None)
         if not is_dtensor(tensor):
             self.plain.add(storage._cdata)
-
-    def remember(self, group: Group, local: torch.Tensor) -> None:
-        """What a storage holds before random numbers come to it, unless that is known."""
-        storage = local.untyped_storage()
-        if storage._cdata not in group.storages:
-            group.before.append((bytes_of(local), bytes_of(local).clone()))
 
     def add(self, group: Group, draws: bool, word: str, run: Callable[[str], None]) -> None:
         """Remember an operation."""
@@ -864,12 +863,6 @@ def draw_text(draw: Draw) -> str:
     )
 
 
-def memory(tensor: Any) -> torch.Tensor:
-    """The memory of this rank."""
-    local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
-    return local
-
-
 def span(local: torch.Tensor) -> tuple[int, int]:
     """Where its first element lies in the storage, and where the last one ends."""
     reach = sum((length - 1) * stride for length, stride in zip(local.shape, local.stride(), strict=True))
@@ -902,18 +895,20 @@ def argument(func: Any, i: int, args: Any, kwargs: Any) -> Any:
     return args[i] if i < len(args) else kwargs.get(func._schema.arguments[i].name)
 
 
+def named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments that were given, by their names."""
+    names = (argument.name for argument in func._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def is_sharded(tensor: Any) -> bool:
     return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
-def bytes_of(local: torch.Tensor) -> torch.Tensor:
-    """All of its storage."""
-    return torch.empty(0, dtype=torch.uint8, device=local.device).set_(local.untyped_storage())
-
-
-def argument_named(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    places = [i for i, known in enumerate(func._schema.arguments) if known.name == name]
-    return argument(func, places[0], args, kwargs) if places else None
+def saved(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All bytes of its storage, and what they are now."""
+    held = torch.empty(0, dtype=torch.uint8, device=local.device).set_(local.untyped_storage())
+    return held, held.clone()
 
 
 def refuse_reading(what: str, words: str) -> None:
