@@ -85,16 +85,17 @@ def drawn_row(w: Any) -> Any:
     return row
 
 
-def given_later(w: Any) -> None:
+def given_later(w: Any, other: torch.Tensor) -> None:
+    """A temporary that another parameter has been made of."""
     drawn = torch.randn(6, 8)
-    w.to_local().zero_()
-    w.t().copy_(torch.randn_like(w.t()))
+    other.copy_(drawn)
     local = w.to_local()
     local.copy_(drawn[: len(local)])
 
 
 def draws(mesh: Any) -> dict[str, str]:
     """The digest of a parameter of (6, 8), sharded, after draws of many kinds; or what was refused."""
+    other = nn.Parameter(torch.empty(6, 8))
     recipes: dict[str, Callable[[Any], Any]] = {
         "whole": lambda w: w.normal_(),
         "local": lambda w: w.to_local().normal_(),
@@ -113,7 +114,7 @@ def draws(mesh: Any) -> dict[str, str]:
         "a row that is read again": lambda w: w.mul_(0).add_(drawn_row(w)),
         "gathered": lambda w: w.copy_(torch.empty_like(w).normal_().full_tensor()),
         "a slice of a temporary": lambda w: w[2:5].copy_(torch.empty_like(w).normal_()[2:5]),
-        "given to a shard later": given_later,
+        "given to a shard later": lambda w: given_later(w, other),
         "given to a shard": lambda w: w.to_local().copy_(torch.randn(w.to_local().shape)),
         "a shard of its own": lambda w: w.copy_(
             DTensor.from_local(torch.randn(w.to_local().shape) * 0.1, mesh, [Shard(0)])
@@ -124,6 +125,7 @@ def draws(mesh: Any) -> dict[str, str]:
     for name, recipe in recipes.items():
         module = nn.Module()
         module.w = nn.Parameter(distribute_tensor(torch.full((6, 8), 77.0), mesh, [Shard(0)]))
+        module.other = other
         try:
             with gt.streams(module, SEED) as report, torch.no_grad():
                 recipe(module.w)
