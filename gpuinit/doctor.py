@@ -23,8 +23,8 @@ import numpy as np
 import gpuinit
 from gpuinit import devices
 from gpuinit.backends import cpu, cuda
+from gpuinit.stream import STREAM_FORMAT
 
-STREAM_FORMAT = 2
 SHAPE = (1000, 1001)
 
 UNIT = {"stddev": 1.0}

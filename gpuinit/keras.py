@@ -250,13 +250,13 @@ def jax_array(
 ) -> Any:
     import jax
 
-    import gpuinit.jax
+    from gpuinit.jax.initializers import initializer_of
 
     sharding = getattr(layout, "backend_layout", layout)
     if not isinstance(seed, jax.Array):
         key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
         seed = np.array([key >> 32, key % 2**32], np.uint32)
-    return gpuinit.jax.initializer_of(partial(make, draw=draw), dtype, name)(seed, shape, None, sharding)
+    return initializer_of(partial(make, draw=draw), dtype, name)(seed, shape, None, sharding)
 
 
 def torch_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:

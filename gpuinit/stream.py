@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, SupportsIndex
 
 Index = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
 
+STREAM_FORMAT = 2  # docs/stream-format.md
+
 MAX_AXES = 64  # NumPy's own limit
 MAX_SIZE = 2**63 - 1  # the largest count a signed 64-bit index can address
 

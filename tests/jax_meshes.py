@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gpuinit
 import gpuinit.jax
+from gpuinit.backends import cpu
 
 COUNT = int(sys.argv[1])
 assert jax.device_count() == COUNT
@@ -77,28 +78,38 @@ def main():
 def each_device_makes_its_own_part_and_nothing_more():
     made = []
 
-    def recording(shape, **kwargs):
-        part = gpuinit.he_normal(shape, **kwargs)
-        if isinstance(part, np.ndarray):  # not the check of the arguments of a traced call
-            made.append(part.shape)
-        return part
+    def recording(out, runs, request):
+        made.append(out.shape)
+        fill(out, runs, request)
 
+    fill, cpu.fill = cpu.fill, recording
     mesh = jax.make_mesh(MESHES[0], ("a", "b"))
     sharding = NamedSharding(mesh, P("a", "b"))
     leaf = jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)
-    init = gpuinit.jax.initializer_of(recording, "float32")
+    init = gpuinit.jax.he_normal()
     key = jax.device_put(jax.random.key(5), NamedSharding(mesh, P()))
+    automatic = jax.make_mesh(MESHES[0], ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
+    same_key = jax.device_put(jax.random.key(5), NamedSharding(automatic, P()))
     for draw in (
-        lambda: gpuinit.jax.sharded(SHAPE, sharding, recording, seed=5),
-        lambda: gpuinit.jax.initialize({"kernel": leaf}, 5, [("*", recording)]),
+        lambda: gpuinit.jax.sharded(SHAPE, sharding, seed=5),
+        lambda: gpuinit.jax.initialize({"kernel": leaf}, 5),
         lambda: init(key, SHAPE, None, sharding),
         lambda: jax.jit(init, static_argnums=(1, 2, 3))(key, SHAPE, None, sharding),
+        lambda: jax.jit(init, static_argnums=1, out_shardings=sharding)(key, SHAPE),
+        lambda: constrained(init, automatic, same_key),
     ):
         made.clear()
         # Nothing goes from device to device either: no whole is cut up.
         with jax.transfer_guard_device_to_device("disallow_explicit"):
             jax.block_until_ready(draw())
         assert made == [sharding.shard_shape(SHAPE)] * COUNT, made
+    cpu.fill = fill
+
+
+def constrained(init, mesh, key):
+    """A constraint on a value within the program, with the mesh in use."""
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda k: jax.lax.with_sharding_constraint(init(k, SHAPE), P("a", "b")) * 2)(key)
 
 
 def the_whole_is_never_in_memory_twice():

@@ -102,7 +102,7 @@ def jax_init(dtype, name):
 
     if name is None:
         return gpuinit.jax.he_normal(dtype=dtype)
-    return gpuinit.jax.initializer_of(gpuinit.he_normal, dtype, name)
+    return gpuinit.jax.initializers.initializer_of(gpuinit.he_normal, dtype, name)
 
 
 def jax_sharding(shape):
