@@ -17,29 +17,12 @@ import gpuinit
 jax = pytest.importorskip("jax", reason='JAX is not installed: pip install "gpuinit[jax]"')
 
 import jax.numpy as jnp  # noqa: E402
+from jax_helpers import SEED, SHAPE, core, key, same  # noqa: E402
 
 import gpuinit.jax  # noqa: E402
 from gpuinit.jax import arrays, initializers  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-SHAPE = (96, 40)
-SEED = 0xFEDCBA98_76543210
-
-
-def key(seed=SEED, **kwargs):
-    """The typed key whose two words are this seed; jax.random.key takes 32 bits only without x64."""
-    words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
-    return jax.random.wrap_key_data(words, **kwargs)
-
-
-def same(array, expected):
-    array = np.asarray(array)
-    return (array.dtype, array.shape, array.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
-
-
-def core(shape=SHAPE, fill=gpuinit.he_normal, **kwargs):
-    return fill(shape, **({"seed": SEED, "device": "cpu"} | kwargs))
-
 
 NAMES = ("he_normal", "he_uniform", "glorot_normal", "glorot_uniform", "lecun_normal", "lecun_uniform")
 ALIASES = {

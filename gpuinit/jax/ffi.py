@@ -306,7 +306,8 @@ def code_of(error: BaseException) -> int:
 
 def make_error(frame: CallFrame, message: bytes, code: int) -> int | None:
     """An error that XLA owns; it copies the message."""
-    arguments = ErrorArguments(ctypes.sizeof(ErrorArguments), None, b"gpuinit: " + message, code)
+    text = b"gpuinit: " + message.replace(b"\0", b" ")
+    arguments = ErrorArguments(ctypes.sizeof(ErrorArguments), None, text, code)
     made: int | None = frame.api.contents.create_error(ctypes.byref(arguments))
     return made
 
