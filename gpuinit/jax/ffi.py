@@ -35,8 +35,8 @@ from gpuinit.stream import STREAM_FORMAT, row_major, strided_runs
 
 TARGET = "gpuinit_fill"
 
-# Of XLA's API: versions whose structures, as far as they are read here, are those below.
-MAJOR, OLDEST_MINOR, NEWEST_MINOR = 0, 2, 3
+# Versions of XLA's API whose structures, as far as they are read here, are those below.
+VERSIONS = ((0, 2), (0, 3))
 METADATA = 1  # XLA_FFI_Extension_Metadata: asked what the handler is, not to run
 NO_TRAITS = 0
 CANCELLED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 1, 3, 8, 13  # XLA_FFI_Error_Code
@@ -187,21 +187,27 @@ def read_spec(text: bytes, dtype: np.dtype) -> Spec:
 def fill_host(text: bytes, words: np.ndarray, out: np.ndarray) -> None:
     """Fill out, of shape (*batch, *part), on the host."""
     spec = read_spec(text, out.dtype)
+    words, arrays, part = in_a_row(words, out)
     strides = row_major(spec.shape)
-    for place in np.ndindex(words.shape[:-1]):
-        key_high, key_low, first_high, first_low = words[place].tolist()
-        part = out[(*place, ...)]
-        elements = strided_runs(first_high << 32 | first_low, part.shape, strides)
-        cpu.fill(part, elements, (key_high << 32 | key_low, *spec[1:]))
+    for i, (key_high, key_low, first_high, first_low) in enumerate(words.tolist()):
+        elements = strided_runs(first_high << 32 | first_low, part, strides)
+        cpu.fill(arrays[i], elements, (key_high << 32 | key_low, *spec[1:]))
 
 
 def fill_cuda(text: bytes, words: Any, out: Any) -> None:
     """The same for arrays of CuPy, on its current stream. What the words are is known on the device alone."""
     spec = read_spec(text, out.dtype)
+    words, arrays, part = in_a_row(words, out)
     strides = row_major(spec.shape)
-    for place in np.ndindex(words.shape[:-1]):
-        part = out[(*place, ...)]
-        cuda.fill(part, strided_runs(0, part.shape, strides), (words[place], *spec[1:]))
+    for i in range(words.shape[0]):
+        cuda.fill(arrays[i], strided_runs(0, part, strides), (words[i], *spec[1:]))
+
+
+def in_a_row(words: Any, out: Any) -> tuple[Any, Any, tuple[int, ...]]:
+    """Words and results of a batch one after another, each of one axis, and the shape that a result has."""
+    part = out.shape[len(words.shape) - 1 :]
+    count = words.size // 4
+    return words.reshape(count, 4), out.reshape(count, prod(part)), part
 
 
 def run_on_cpu(frame: CallFrame) -> None:
@@ -277,6 +283,8 @@ def handle(run: Callable[[CallFrame], None], address: int) -> int | None:
         try:
             if frame.extension and frame.extension.contents.base.kind == METADATA:
                 describe(frame)
+            elif problems:
+                raise RuntimeError(problems[0])
             else:
                 wait_at_exit()
                 run(frame)
@@ -288,12 +296,27 @@ def handle(run: Callable[[CallFrame], None], address: int) -> int | None:
 
 
 def describe(frame: CallFrame) -> None:
-    """Answer which version of XLA's API the handler is for: XLA's own where it is known."""
+    """Answer which version of XLA's API the handler is for.
+
+    It is always XLA's own: JAX would start no backend otherwise. If it is not known, `problem` says so.
+    """
     theirs = frame.api.contents.version
-    known = theirs.major == MAJOR and OLDEST_MINOR <= theirs.minor <= NEWEST_MINOR
     metadata = frame.extension.contents.metadata.contents
-    metadata.version.major, metadata.version.minor = MAJOR, theirs.minor if known else NEWEST_MINOR
+    metadata.version.major, metadata.version.minor = theirs.major, theirs.minor
     metadata.traits = NO_TRAITS
+    if (theirs.major, theirs.minor) not in VERSIONS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in VERSIONS)
+        problems.append(
+            f"XLA's foreign function interface must have version {known}, got {theirs.major}.{theirs.minor}"
+        )
+
+
+def problem() -> str | None:
+    """Why XLA cannot call the handler; None where it can. It is known when a backend has started."""
+    return problems[0] if problems else None
+
+
+problems: list[str] = []
 
 
 def code_of(error: BaseException) -> int:
@@ -336,15 +359,10 @@ HANDLERS = {"cpu": HANDLER(partial(handle, run_on_cpu)), "CUDA": HANDLER(partial
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(HANDLERS))
 
 
-@cache
-def problem() -> str | None:
-    """Tell XLA of the handler, once. Why it does not take it; None where it does."""
-    try:
-        for platform, handler in HANDLERS.items():
-            jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=platform)
-    except Exception as error:  # of another version of XLA's API
-        return str(error)
-    return None
-
-
-problem()  # at import, as a program that was made in another process asks for it by its name
+# At import, as a program that was made in another process asks for the handler by its name. JAX passes it on
+# to XLA when it starts a backend.
+try:
+    for platform, handler in HANDLERS.items():
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=platform)
+except Exception as error:
+    problems.append(str(error))

@@ -115,10 +115,10 @@ def varying(result: Any, words: jax.Array) -> jax.Array:
 
 def has_handler() -> bool:
     """Whether the device itself makes the weights. Else the host is called back, as on a TPU."""
+    platform = jax.default_backend()
     if ffi.problem() is not None:
         return False
     ffi.wait_at_exit()
-    platform = jax.default_backend()
     if platform != "gpu" or "rocm" in jax.local_devices()[0].client.platform_version:
         return bool(platform == "cpu")
     problem = devices.cuda_problem()
