@@ -8,7 +8,13 @@ draw differs. `HeNormal(seed=n)(shape)` has the bits of `gpuinit.he_normal(shape
 integer or None gives the same weights on every call of one instance, as in Keras: two layers of one shape
 that share it start equal. Give each its own, or a `keras.random.SeedGenerator`, or use `initialize`.
 
-The tensor is one of the active backend, on its device: on a GPU made there through CuPy and not copied.
+The tensor is one of the active backend, on its device: on a GPU made there through CuPy and not copied. With
+the JAX backend and a `keras.distribution`, every device makes its own shard.
+
+In a `tf.function` the host makes the weights. For a SeedGenerator it does so anew in every run; for an
+integer or None once, as a constant, or in every run where they take more than 16 MiB. What is made in every
+run can neither be compiled by XLA (jit_compile=True) nor be loaded from a SavedModel by another process: draw
+outside of the function there. `torch.compile` breaks its graph at a draw.
 
 The classes have Keras's lower-case names too, `he_normal` for `HeNormal`. Zeros, Ones and Constant are
 Keras's own; of the others of `keras.initializers`, Orthogonal, Identity and STFT are not offered,
@@ -20,6 +26,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from types import FunctionType
@@ -39,7 +46,15 @@ except ModuleNotFoundError as error:
 from keras import initializers, layers
 from keras.initializers import Constant, Ones, Zeros, constant, ones, zeros
 
-from gpuinit.distributions import TRUNCATED_STD, Draw, draw_of, parse_normal, parse_recipe, parse_uniform
+from gpuinit.distributions import (
+    TRUNCATED_STD,
+    Draw,
+    draw_of,
+    is_real,
+    parse_normal,
+    parse_recipe,
+    parse_uniform,
+)
 from gpuinit.fans import DEFAULT_AXES, fans
 from gpuinit.initializers import DTYPES, find_draw, make, parse_dtype
 from gpuinit.memory import empty_aligned
@@ -105,13 +120,27 @@ class Drawn:
             dtype: "float32", "float16", "bfloat16" or "float64"; None is `keras.config.floatx()`.
             layout: With the JAX backend, a `keras.distribution.TensorLayout` or a sharding: every device
                 makes its own shard.
+
+        Raises:
+            TypeError, ValueError: An argument that cannot be used.
+            ValueError: The seed is a SeedGenerator where its next state would be lost: under a transformation
+                of JAX without a `keras.StatelessScope`, or in what make_fx, torch.export or torch.jit.trace
+                traces.
         """
-        return self.named(shape, dtype, layout, seed_of(self.seed), None)  # type: ignore[attr-defined]
+        return as_written(self.named)(shape, dtype, layout, self.seed, None)  # type: ignore[attr-defined]
 
     def named(self, shape: Any, dtype: Any, layout: Any, seed: Any, name: str | None) -> Any:
-        """The same, from the stream of a name."""
+        """The same, from a seed and the stream of a name."""
         parsed = parse_shape(shape)
-        return tensor(self.draw(parsed), parsed, keras.backend.standardize_dtype(dtype), layout, seed, name)
+        made_of = keras.backend.standardize_dtype(dtype)
+        fill = partial(make, draw=self.draw(parsed))
+        find_draw(fill, parsed, dtype=parse_dtype(made_of), name=name)  # an error costs no seed
+        return tensor(fill, parsed, made_of, layout, seed_of(seed), name)
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's, with a number for each 0-d array: Keras cannot bring these back from a file."""
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        return {word: float(value) if is_real_scalar(value) else value for word, value in config.items()}
 
 
 @register
@@ -203,6 +232,11 @@ truncated_normal = TruncatedNormal
 variance_scaling = VarianceScaling
 
 
+def is_real_scalar(value: Any) -> bool:
+    """Whether it is a 0-d array of real numbers, of any library."""
+    return getattr(value, "shape", None) == () and is_real(value)
+
+
 def size_of(shape: tuple[int, ...], argument: str, axes: Any) -> int:
     """Product of the lengths of these axes."""
     wanted = f"{argument} must be axes in [-{len(shape)}, {len(shape)}) for shape {shape}"
@@ -212,80 +246,185 @@ def size_of(shape: tuple[int, ...], argument: str, axes: Any) -> int:
     return prod(shape[axis] for axis in found)
 
 
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which neither TensorFlow's AutoGraph nor torch.compile then translates."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]
+    if backend == "torch":
+        from gpuinit.torch.graphs import outside_graphs
+
+        return outside_graphs(function)
+    return function
+
+
+# A seed
+
+
 def seed_of(seed: Any) -> Any:
-    """The 64 bits of one call, as Keras's own draws them.
+    """The 64 bits of one call, as Keras's own draws them, or where these are not known yet the two words.
 
     An integer is itself. The state of a SeedGenerator is two words of 32 bits, its seed and a count; the
-    first is the low one, so that its first draw is that of the integer. Under JAX's jit it is traced.
+    first is the low one, so that its first draw is that of the integer. What is traced is a tensor: under
+    JAX's jit, in a tf.function and on torch's meta device.
     """
     if not isinstance(seed, keras.random.SeedGenerator):
-        return seed
-    state = seed.next()
-    if keras.backend.backend() == "jax":
-        import jax
+        return parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
+    words = next_words(seed)
+    return words if is_symbolic(words) else from_words(keras.ops.convert_to_numpy(words))
 
-        if isinstance(state, jax.core.Tracer):
-            return state[::-1]
-    low, high = (int(word) % 2**32 for word in keras.ops.convert_to_numpy(state))  # torch's are signed
+
+def from_words(words: Any) -> int:
+    low, high = (int(word) % 2**32 for word in words)  # torch's are signed
     return low | high << 32
 
 
-def tensor(draw: Draw, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None) -> Any:
-    """Filled, on the device of the active backend."""
-    parse_dtype(dtype)
+def next_words(seed: Any) -> Any:
+    """What `seed.next()` gives, where that can be."""
     backend = keras.backend.backend()
     if backend == "jax":
-        return jax_array(draw, shape, dtype, layout, seed, name)
-    made = partial(make, shape, draw, seed, name, dtype)
+        import jax
+
+        from gpuinit.jax.arrays import is_traced
+
+        if is_traced():
+            if not isinstance(seed.state.value, jax.core.Tracer) and not in_stateless_scope():
+                # The traced next state would stay in the generator and outlive the trace.
+                raise ValueError(
+                    "seed must be an integer under jit and other transformations of JAX, or a SeedGenerator "
+                    "in a keras.StatelessScope that has its state, got a SeedGenerator outside of one"
+                )
+        elif not jax.sharding.get_abstract_mesh().empty:
+            # Keras asks for a variable of a distribution where all axes of its mesh are explicit, and those
+            # of the generator's state, on the same devices or others, are not.
+            with jax.set_mesh(None):
+                return seed.next()
     if backend == "torch":
-        return torch_tensor(made, shape, dtype)
+        import torch
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if get_proxy_mode() is not None or torch.jit.is_tracing():
+            raise ValueError(
+                "seed must be an integer in what make_fx, torch.export or torch.jit.trace traces, where the "
+                "weights are a constant, got a SeedGenerator"
+            )
+    return seed.next()
+
+
+def in_stateless_scope() -> bool:
+    with keras.StatelessScope(initialize_variables=False) as scope:
+        outer = scope.original_scope
+    return outer is not None
+
+
+def is_symbolic(words: Any) -> bool:
+    """Whether their values are not known now."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return isinstance(words, jax.core.Tracer)
     if backend == "tensorflow":
-        return tensorflow_tensor(made, shape, dtype)
-    array = made("cpu")
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return backend == "torch" and bool(words.is_meta)
+
+
+# The tensors of each backend
+
+
+def tensor(
+    fill: Callable[..., Any], shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
+) -> Any:
+    """Filled, on the device of the active backend."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return jax_array(fill, shape, dtype, layout, seed, name)
+    made = partial(fill, shape, name=name, dtype=dtype)
+    if backend == "torch":
+        return torch_tensor(made, shape, dtype, seed)
+    if backend == "tensorflow":
+        return tensorflow_tensor(made, shape, dtype, seed)
+    array = made(seed=seed, device="cpu")
     return array if backend == "numpy" else keras.ops.convert_to_tensor(array)
 
 
 def jax_array(
-    draw: Draw, shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
+    fill: Callable[..., Any], shape: tuple[int, ...], dtype: str, layout: Any, seed: Any, name: str | None
 ) -> Any:
     import jax
+    from jax.sharding import NamedSharding, Sharding
 
+    from gpuinit.jax.arrays import sharded
     from gpuinit.jax.initializers import initializer_of
 
     sharding = getattr(layout, "backend_layout", layout)
-    if not isinstance(seed, jax.Array):
-        key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
-        seed = np.array([key >> 32, key % 2**32], np.uint32)
-    return initializer_of(partial(make, draw=draw), dtype, name)(seed, shape, None, sharding)
+    if not isinstance(sharding, Sharding | None):
+        raise TypeError(
+            f"layout must be a keras.distribution.TensorLayout or a jax.sharding.Sharding, got {layout!r}"
+        )
+    if isinstance(seed, jax.Array):
+        words = seed[::-1]
+    elif isinstance(sharding, NamedSharding | None):
+        words = np.array([seed >> 32, seed % 2**32], np.uint32)
+    else:
+        return sharded(shape, sharding, fill, seed=seed, name=name, dtype=dtype)
+    return initializer_of(fill, dtype, name)(words, shape, None, sharding)
 
 
-def torch_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:
+def torch_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str, seed: Any) -> Any:
     import torch
 
     device = keras.ops.convert_to_tensor(0.0).device
     if device.type == "meta":
         return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-    array = make(device=f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu")
+    array = make(seed=seed, device=f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu")
     taken = torch.from_dlpack(bits_of(array)).to(device)
     return taken.view(torch.bfloat16) if dtype == "bfloat16" else taken
 
 
-def tensorflow_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str) -> Any:
+def tensorflow_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str, seed: Any) -> Any:
     import tensorflow as tf
 
     if not tf.executing_eagerly():
-        return tf.convert_to_tensor(make(device="cpu"))
+        return graph_tensor(make, shape, dtype, seed)
     place = re.search(r"GPU:(\d+)$", tf.zeros(()).device)
     if place is None:
-        array = make(out=empty_aligned(shape, DTYPES[dtype]))
+        array = make(seed=seed, out=empty_aligned(shape, DTYPES[dtype]))
     else:
-        array = make(device=f"cuda:{place[1]}")
+        array = make(seed=seed, device=f"cuda:{place[1]}")
         if isinstance(array, np.ndarray):
             return tf.convert_to_tensor(array)
         array.device.synchronize()  # TensorFlow's DLPack knows no streams
     # It takes a capsule of the first kind, which is what __dlpack__ gives to who names no version.
     taken = tf.experimental.dlpack.from_dlpack(bits_of(array).__dlpack__())
     return tf.bitcast(taken, dtype) if dtype == "bfloat16" else taken
+
+
+# The size of a constant in bytes. TensorFlow copies one some ten times, and all those of a function must stay
+# under 2 GiB together; but XLA and a SavedModel take nothing else.
+LARGEST_CONSTANT = 2**24
+
+
+def graph_tensor(make: Callable[..., Any], shape: tuple[int, ...], dtype: str, seed: Any) -> Any:
+    """Made by the host: now, as a constant, or by a call of the host whenever the graph runs."""
+    import tensorflow as tf
+
+    if not tf.is_tensor(seed):
+        if prod(shape) * DTYPES[dtype].itemsize <= LARGEST_CONSTANT:
+            return tf.convert_to_tensor(make(seed=seed, device="cpu"))
+        seed = tf.constant([seed % 2**32, seed >> 32], tf.int64)
+
+    def host(words: np.ndarray) -> np.ndarray:
+        out: np.ndarray = make(seed=from_words(words), out=empty_aligned(shape, DTYPES[dtype]))
+        return out
+
+    # The name stands in the errors of TensorFlow that say that XLA cannot compile the call.
+    made = tf.numpy_function(host, [seed], dtype, stateful=False, name="gpuinit_weights_made_by_the_host")
+    return tf.ensure_shape(made, shape)
 
 
 def bits_of(array: Any) -> Any:
@@ -427,6 +566,10 @@ def initialize(
         TypeError, ValueError: An initialiser of this module cannot draw a weight, or what a rule has is none.
             Nothing is written in either case; only one from elsewhere that fails does so when called.
     """
+    return as_written(fill_model)(model, seed, rules, strict)  # type: ignore[no-any-return]
+
+
+def fill_model(model: Any, seed: SupportsIndex, rules: Sequence[Rule] | None, strict: bool) -> Report:
     if not isinstance(model, keras.Layer):
         raise TypeError(f"model must be a keras.Model or keras.Layer, got {type(model).__name__}")
     if not model.built:
@@ -477,11 +620,22 @@ def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any,
 
 
 def fill(variable: Any, initializer: Any, row: Row, key: int) -> None:
-    with noting(f"This is variable {variable.path}."):
+    layout, place = place_of(variable)
+    with noting(f"This is variable {variable.path}."), place:
         if isinstance(initializer, Drawn):
-            layout = None
-            if keras.backend.backend() == "jax" and len(variable.value.devices()) > 1:
-                layout = variable.value.sharding
             variable.assign(initializer.named(row.shape, row.dtype, layout, key, row.name))
         elif initializer is not None:
             variable.assign(initializer(row.shape, row.dtype))
+
+
+def place_of(variable: Any) -> tuple[Any, AbstractContextManager[Any]]:
+    """With JAX, which moves a variable to where its new value is: its layout, and a scope of its device."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        value = variable.value
+        if not isinstance(value, jax.core.Tracer):
+            devices = value.devices()
+            scope = jax.default_device(*devices) if len(devices) == 1 else nullcontext()
+            return value.sharding if value.committed else None, scope
+    return None, nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -132,8 +133,6 @@ def draws():
         check(layer.kernel.value, fill, (60, 40), seed=5, name=layer.kernel.path)
         assert row.rule == name
         assert abs(row.std / std - 1) < 1e-12
-    for number in (np.float32(2), keras.ops.convert_to_tensor(2.0), keras.Variable(2.0)):
-        check(gpuinit.keras.RandomNormal(number, number, 9)((5,)), gpuinit.normal, (5,), seed=9, **TWO)
     raises(ValueError, "stddev must be", gpuinit.keras.RandomNormal(stddev=-1), (5,))
     raises(TypeError, "mean must be a finite number, got 'x'", gpuinit.keras.TruncatedNormal("x"), (5,))
     raises(TypeError, "minval must be", gpuinit.keras.RandomUniform(None, 2), (5,))
@@ -141,7 +140,39 @@ def draws():
     raises(ValueError, "maxval 100000.0", gpuinit.keras.RandomUniform(0, 1e5), (5,), "float16")
 
 
-TWO = {"mean": 2, "stddev": 2}
+def numbers():
+    """0-d arrays for every number; Keras's configuration brings them back from JSON."""
+    kinds = (np.float32, np.float64, ml_dtypes.bfloat16, np.array, keras.Variable)
+    kinds += (keras.ops.convert_to_tensor, lambda number: keras.ops.convert_to_tensor(number, "bfloat16"))
+    kinds += (lambda number: keras.ops.multiply(number, keras.ops.ones(())), np.int64)
+    for kind in kinds:
+        one, two = (0, 1) if kind is np.int64 else (0.75, 1.5)
+        for made, fill in (
+            (
+                gpuinit.keras.RandomNormal(kind(0.75), kind(1.5), 9),
+                partial(gpuinit.normal, mean=one, stddev=two),
+            ),
+            (
+                gpuinit.keras.TruncatedNormal(kind(0.75), kind(1.5), 9),
+                partial(gpuinit.truncated_normal, mean=one, stddev=two),
+            ),
+            (
+                gpuinit.keras.RandomUniform(kind(0.75), kind(1.5), 9),
+                partial(gpuinit.uniform, low=one, high=two),
+            ),
+            (
+                gpuinit.keras.VarianceScaling(kind(1.5), seed=9),
+                partial(gpuinit.variance_scaling, scale=two),
+            ),
+        ):
+            check(made((60, 40)), fill, (60, 40), seed=9)
+            config = json.loads(json.dumps(made.get_config()))
+            assert config == made.get_config()
+            saved = json.loads(json.dumps(keras.initializers.serialize(made)))
+            for again in (type(made).from_config(config), made.clone(), keras.initializers.get(saved)):
+                check(again((60, 40)), fill, (60, 40), seed=9)
+    raises(TypeError, "stddev must be", gpuinit.keras.RandomNormal(0, np.ones(1)), (5,))
+    raises(TypeError, "minval must be", gpuinit.keras.RandomUniform(np.array(1j), 2), (5,))
 
 
 def meaning():
@@ -182,6 +213,9 @@ def seeds():
         seed = 2**32 - 5 | (2**32 - 7) << 32
         check(drawn(shape), gpuinit.he_normal, shape, seed=seed)
         check(drawn(shape), gpuinit.he_normal, shape, seed=seed + 2**32)
+    wide = gpuinit.keras.RandomNormal(0.0, 1e5, highest)
+    raises(ValueError, "stddev 100000.0", wide, shape, "float16")
+    check(gpuinit.keras.HeNormal(highest)(shape), gpuinit.he_normal, shape, seed=2**31 - 1 | 1 << 32)
     raises(ValueError, "seed", gpuinit.keras.HeNormal, "x")
     raises(ValueError, "got -1", gpuinit.keras.HeNormal(-1), shape)
     raises(ValueError, "dtype must be one of", gpuinit.keras.HeNormal(), shape, "int32")
@@ -581,7 +615,227 @@ def elsewhere():
     check(jax.jit(traced)(init.seed.state.value), gpuinit.he_normal, (12, 16), seed=6)
 
 
+def nth(generator, count):
+    """The seed of this draw."""
+    return int(generator.get_config()["seed"]) | count << 32
+
+
+def in_tf_functions():
+    """A SeedGenerator draws anew in every run, as eagerly; an integer is a constant, while that is small."""
+    import tensorflow as tf
+
+    generator = keras.random.SeedGenerator(6)
+    shapes = [
+        ("float32", (12, 16)),
+        ("float16", (5,)),
+        ("bfloat16", (3, 4)),
+        ("float64", ()),
+        ("float32", (0, 3)),
+    ]
+    made_of = []
+
+    @tf.function
+    def draw():
+        made = [gpuinit.keras.HeNormal(generator)(shape, dtype) for dtype, shape in shapes]
+        made_of.append([(tensor.dtype.name, tuple(tensor.shape)) for tensor in made])  # known when traced
+        return made
+
+    count = 0
+    for _ in range(2):
+        for tensor, (dtype, shape) in zip(draw(), shapes, strict=True):
+            check(tensor, gpuinit.he_normal, shape, seed=nth(generator, count), dtype=dtype)
+            count += 1
+        assert generator.state.numpy().tolist() == [6, count]
+        check(gpuinit.keras.HeNormal(generator)((7,)), gpuinit.he_normal, (7,), seed=nth(generator, count))
+        count += 1
+    assert made_of == [shapes]
+
+    init = gpuinit.keras.HeNormal(generator := keras.random.SeedGenerator(6))
+    wide = gpuinit.keras.RandomNormal(0.0, 1e5, generator)
+    raises(ValueError, "stddev 100000.0", tf.function(lambda: wide((5,), "float16"), autograph=False))
+
+    @tf.function
+    def loop(times):
+        rows = tf.TensorArray(tf.float32, times, element_shape=(7,))
+        for i in tf.range(times):
+            rows = rows.write(i, init((7,)))
+        return rows.stack()
+
+    @tf.function
+    def maybe(wanted):
+        return init((7,)) if wanted else tf.zeros(7)
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(x * init((7,)))
+        return tape.gradient(total, x)
+
+    drawn = [*loop(tf.constant(3)), *(maybe(tf.constant(wanted)) for wanted in (True, False, True))]
+    assert not as_numpy(drawn.pop(4)).any()
+    drawn += [gradient(tf.ones(7)), *tf.data.Dataset.range(2).map(lambda i: init((7,)))]
+    for count, tensor in enumerate(drawn):
+        check(tensor, gpuinit.he_normal, (7,), seed=nth(generator, count))
+
+    variables = []
+
+    @tf.function
+    def build():
+        if not variables:
+            layer = keras.layers.Dense(4, kernel_initializer=gpuinit.keras.HeNormal(generator))
+            layer.build((None, 3))
+            one = tf.Variable(lambda: gpuinit.keras.HeNormal(generator)((3, 4)))
+            variables.extend([layer.kernel, one])
+        return tf.reduce_sum(variables[1])
+
+    build()
+    for count, variable in enumerate(variables, len(drawn)):
+        check(tf.convert_to_tensor(variable), gpuinit.he_normal, (3, 4), seed=nth(generator, count))
+    assert generator.state.numpy().tolist() == [6, len(drawn) + 2]
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="gpuinit_weights_made_by_the_host"):
+        tf.function(lambda: init((3, 4)), jit_compile=True, autograph=False)()
+    integer = gpuinit.keras.HeNormal(2**63 + 7)
+    for compiled in (False, True):
+        made = tf.function(lambda: integer((2048, 2048)), jit_compile=compiled, autograph=False)
+        check(made(), gpuinit.he_normal, (2048, 2048), seed=2**63 + 7)
+        assert host_calls(made) == 0
+    large = tf.function(lambda: integer((2048, 2049)), autograph=False)
+    check(large(), gpuinit.he_normal, (2048, 2049), seed=2**63 + 7)
+    assert host_calls(large) == 1
+    huge = tf.function(lambda: integer((2**17, 2**14)), autograph=False)  # 8 GiB
+    assert huge.get_concrete_function().structured_outputs.shape == (2**17, 2**14)
+    raises(ValueError, "got -1", tf.function(lambda: gpuinit.keras.HeNormal(-1)((3,)), autograph=False))
+
+    # AutoGraph would take seconds to translate what is called, and warn of what it cannot.
+    translated, model = [], small_model()
+
+    def seed_of(seed):
+        translated.append(is_translated())
+        return 3
+
+    with mock.patch.object(gpuinit.keras, "seed_of", seed_of):
+        tf.function(lambda: integer((3, 4)))()
+        tf.function(gpuinit.keras.initialize)(model)
+    assert len(translated) == 1 + 7, translated  # of the model: those that are drawn
+    assert not any(translated)
+
+
+def is_translated():
+    from tensorflow.python.autograph.core import ag_ctx
+
+    return ag_ctx.control_status_ctx().status == ag_ctx.Status.ENABLED
+
+
+def host_calls(function):
+    operations = function.get_concrete_function().graph.get_operations()
+    return sum("PyFunc" in operation.type for operation in operations)
+
+
+def in_graphs_of_torch():
+    """torch.compile breaks its graph; what records one takes an integer; the meta device needs no seed."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    generator = keras.random.SeedGenerator(6)
+    integer, drawn = gpuinit.keras.HeNormal(3), gpuinit.keras.HeNormal(generator)
+
+    def run(x):
+        return x * 2, integer((12, 16)), drawn((12, 16)), drawn((3,), "bfloat16"), x + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager")
+    for count in (0, 2):
+        before, one, other, third, after = compiled(torch.ones(2))
+        check(one, gpuinit.he_normal, (12, 16), seed=3)
+        check(other, gpuinit.he_normal, (12, 16), seed=nth(generator, count))
+        check(third, gpuinit.he_normal, (3,), seed=nth(generator, count + 1), dtype="bfloat16")
+        assert (before.tolist(), after.tolist()) == ([2, 2], [2, 2])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(lambda: integer((12, 16)), backend="eager", fullgraph=True)()
+    layer = keras.layers.Dense(16, name="compiled")
+    layer.build((None, 12))
+    torch._dynamo.reset()
+    torch.compile(lambda: gpuinit.keras.initialize(layer, 5), backend="eager")()
+    check(layer.kernel.value, gpuinit.he_normal, (12, 16), seed=5, name=layer.kernel.path)
+
+    class Adds(torch.nn.Module):
+        def __init__(self, init):
+            super().__init__()
+            self.init = init
+
+        def forward(self, x):
+            return x + self.init((12, 16))
+
+    x = torch.zeros(12, 16)
+    for trace in (
+        lambda init: make_fx(Adds(init))(x),
+        lambda init: torch.export.export(Adds(init), (x,)).module(),
+        lambda init: torch.jit.trace(Adds(init), x),
+    ):
+        check(trace(integer)(x), gpuinit.he_normal, (12, 16), seed=3)
+        raises(ValueError, "seed must be an integer in what make_fx, torch.export or", trace, drawn)
+    with keras.device("meta"):
+        assert drawn((2**20, 2**20), "bfloat16").is_meta
+    assert as_numpy(generator.state.value).tolist() == [6, 4]
+
+    lazy = keras.Sequential([keras.Input((12,)), Lazy(keras.random.SeedGenerator(6))])
+    check(lazy.layers[0].inner.kernel.value, gpuinit.he_normal, (12, 16), seed=6)
+
+
+class Lazy(keras.layers.Layer):
+    """Keras calls one without a build once symbolically, to find what it has."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = keras.layers.Dense(16, kernel_initializer=gpuinit.keras.HeNormal(seed))
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def in_transformations_of_jax():
+    """A SeedGenerator whose state would be lost is an error; as in a training step it is drawn from."""
+    import jax
+
+    generator = keras.random.SeedGenerator(6)
+    init = gpuinit.keras.RandomNormal(seed=generator)
+    for transformed in (jax.jit(lambda: init((3,))), lambda: jax.eval_shape(lambda: init((3,)))):
+        raises(ValueError, "seed must be an integer under jit and", transformed)
+    raises(ValueError, "seed must be", jax.jit(lambda: init((3,))))
+    assert generator.state.value.tolist() == [6, 0]  # and not a tracer
+    check(jax.jit(lambda: gpuinit.keras.HeNormal(3)((12, 16)))(), gpuinit.he_normal, (12, 16), seed=3)
+
+    class Noise(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.generator = generator
+
+        def call(self, x):
+            return x + init((4,))
+
+    model = keras.Sequential([keras.Input((4,)), Noise(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 1)), batch_size=4, epochs=2, verbose=0)
+    assert generator.state.value.tolist() == [6, 4]
+
+    lazy = keras.Sequential([keras.Input((12,)), Lazy(keras.random.SeedGenerator(6))])
+    check(lazy.layers[0].inner.kernel.value, gpuinit.he_normal, (12, 16), seed=6)
+
+
+TRACED = {"tensorflow": in_tf_functions, "torch": in_graphs_of_torch, "jax": in_transformations_of_jax}
+
+
+def traced():
+    """In the programs of a backend."""
+    if BACKEND in TRACED:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Layer 'lazy")  # from Keras, where it cannot call it
+            TRACED[BACKEND]()
+
+
 MODELS = (saved_model, whole_model, recurrent, other_layers, frozen, checked_before)
-for test in (memory, bits, draws, meaning, seeds, configurations, fans, *MODELS, elsewhere):
+for test in (memory, bits, draws, numbers, meaning, seeds, configurations, fans, *MODELS, elsewhere, traced):
     test()
 print("equal")
