@@ -2,6 +2,7 @@
 
 python benchmarks/budget.py
 python benchmarks/budget.py --distribution normal
+python benchmarks/budget.py --key-in-memory
 python benchmarks/budget.py --json
 
 Compiles kernels/fill.cu exactly as CuPy would, disassembles it, and follows the hot path: one turn of the
@@ -282,12 +283,14 @@ def measure(dtype: str, function: Function, rank: int = 0) -> dict[str, Any]:
     }
 
 
-def budget(distribution: str = "truncated_normal") -> dict[str, dict[str, dict[str, Any]]]:
+def budget(
+    distribution: str = "truncated_normal", key_in_memory: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
     """By architecture and dtype."""
     shifted, rank = LOOPS[distribution]
     result = {}
     for architecture in ARCHITECTURES:
-        functions = disassemble(compile_as_cupy(cuda.source(shifted), architecture))
+        functions = disassemble(compile_as_cupy(cuda.source(shifted, key_in_memory), architecture))
         result[f"sm_{architecture}"] = {
             dtype: measure(dtype, functions[f"fill_{dtype}"], rank) for dtype in ITEM_BYTES
         }
@@ -314,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Count the kernel's instructions for each sample.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--distribution", choices=tuple(LOOPS), default="truncated_normal")
+    parser.add_argument("--key-in-memory", action="store_true", help="the kernel that loads its key")
     parser.add_argument("--sass", metavar="sm_NN:DTYPE", help="print the hot path itself, as sm_90:float32")
     options = parser.parse_args()
     if problem := missing():
@@ -321,10 +325,11 @@ def main() -> None:
     if options.sass:
         architecture, dtype = options.sass.removeprefix("sm_").split(":")
         shifted, rank = LOOPS[options.distribution]
-        function = disassemble(compile_as_cupy(cuda.source(shifted), architecture))[f"fill_{dtype}"]
+        image = compile_as_cupy(cuda.source(shifted, options.key_in_memory), architecture)
+        function = disassemble(image)[f"fill_{dtype}"]
         print("\n".join(" ".join(instruction) for instruction in hot_path(function, rank)))
         return
-    result = budget(options.distribution)
+    result = budget(options.distribution, options.key_in_memory)
     if options.json:
         keys = ("instructions_per_sample", "registers", "local_bytes", "store_bytes")
         short = {

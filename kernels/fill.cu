@@ -10,7 +10,8 @@
  *
  * with the numbers that gpuinit/distributions.py and gpuinit/exact.py work out. The file is compiled once for the
  * first two, which take one number, and where it is asked for once more with SHIFTED defined, for the others. One
- * kernel for all would take longer to compile and more registers.
+ * kernel for all would take longer to compile and more registers. Each of both is compiled again, where it is asked
+ * for, with KEY_IN_MEMORY defined: see the launch contract.
  *
  * Element to counter. One Philox4x32-10 block is four 32-bit words for the counter (block, stream):
  *     float32, float16, bfloat16   element i  <-  word i % 4 of block i / 4
@@ -21,10 +22,13 @@
  * What is written. `rows` runs of `length` elements each, one after another in `out`; row r starts at global
  * element offset + r * row_stride. A packet is 16 bytes of the whole array, aligned in it (4, 8 or 2
  * elements); a thread makes one packet at a time and stores it at once where the row has it whole and `out`
- * has it aligned, else element by element.
+ * has it aligned, else element by element. With KEY_IN_MEMORY the offset is the sum of `offset` and of the one
+ * in memory.
  *
  * Launch contract. The x dimension of grid and block walks the packets of a row, y the rows; blocks have at
- * most BLOCK_SIZE threads. Any grid and any block give the same bits.
+ * most BLOCK_SIZE threads. Any grid and any block give the same bits. `key` is the number itself. With
+ * KEY_IN_MEMORY it is the address, aligned to 16 bytes, of four words that the host need not know: the key, its
+ * high word first, and an offset, likewise. Nothing may write them while the kernel runs, so they are not in `out`.
  *
  * Exactness. Every float operation is a separate IEEE round-to-nearest one in a fixed order, spelled as an
  * intrinsic, which no compiler fuses; compile with --fmad=false as well. Only `reciprocal` fuses, by name. CuPy
@@ -96,6 +100,12 @@ struct Numbers {
 };
 typedef Numbers<float, int> Numbers32;
 typedef Numbers<double, long long> Numbers64;
+
+#ifdef KEY_IN_MEMORY
+typedef const uint4 *Key; /* key and offset, the high word of each first */
+#else
+typedef uint64 Key;
+#endif
 
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -539,9 +549,16 @@ static __device__ void store_part(Element *out, uint64 first, uint64 length, uin
 }
 
 template <auto packet, class Element, class Numbers>
-static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key,
+static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key given,
                             uint64 stream, uint32 distribution, Numbers n)
 {
+#ifdef KEY_IN_MEMORY
+    uint4 words = *given; /* not __ldg, whose words the compiler keeps in more registers */
+    uint64 key = (uint64)words.x << 32 | words.y;
+    offset += (uint64)words.z << 32 | words.w;
+#else
+    uint64 key = given;
+#endif
     const uint32 lanes = 16 / sizeof(Element);
     const uint32 blocks = sizeof(Element) == 2 ? 2 : 1;
     for (uint64 y = thread_y(); y < rows; y += threads_y()) {
@@ -584,28 +601,28 @@ static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 r
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
+    fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(float, int))
 {
     fill<packet_float32>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
+    fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(float, int))
 {
     fill<packet_float16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
+    fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
                   uint32 distribution, PARAMETERS(float, int))
 {
     fill<packet_bfloat16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, uint64 key, uint64 stream,
+    fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(double, long long))
 {
     fill<packet_float64>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers64 NUMBERS);

@@ -2,9 +2,9 @@
 
 Arrays live in host memory and kernels run in a host build of their own source. RawKernel refuses what the
 real one would misread in silence: a Python number, a scalar of another type than its parameter's, a wrong
-count, an array of another device or with gaps. Small launches run a second time with subnormal numbers
-flushed, as on a device under CuPy's -ftz=true, and must give the same bytes. There are two devices, so that
-choosing between them can be tested.
+count, an array of another device or with gaps, or not aligned as the kernel reads it. Small launches run a
+second time with subnormal numbers flushed, as on a device under CuPy's -ftz=true, and must give the same
+bytes. There are two devices, so that choosing between them can be tested.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import collections
 import ctypes
 import re
 import types
-from typing import Any
+from typing import Any, Self
 
 import host_build
 import numpy as np
@@ -26,8 +26,8 @@ MULTIPROCESSORS = 3  # odd and small: grids wrap round even in small tests
 
 current = [0]
 allocations: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=1000)
-current_stream: dict[int, list[Stream]] = {}  # of every device, as in CuPy
-launches: list[tuple[int, Stream | None]] = []  # device and stream of every one
+current_stream: dict[int, list[ExternalStream]] = {}  # of every device, as in CuPy
+launches: list[tuple[int, ExternalStream | None]] = []  # device and stream of every one
 
 
 class CUDARuntimeError(RuntimeError):
@@ -62,24 +62,34 @@ class Device:
         pass
 
 
-class Stream:
-    """A stream of another library."""
+class ExternalStream:
+    """A stream of another library, by its address."""
 
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-        _, self.ptr = owner.__cuda_stream__()
+    def __init__(self, ptr: int, device_id: int = -1) -> None:
+        self.ptr, self.device_id = ptr, device_id  # -1: not known
 
-    @classmethod
-    def from_external(cls, owner: Any) -> Stream:
-        return cls(owner)
-
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         self.device = current[-1]
+        if self.device_id not in (-1, self.device):
+            raise RuntimeError(f"the stream is of device {self.device_id}, device {self.device} is current")
         current_stream.setdefault(self.device, []).append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         current_stream[self.device].pop()
+
+
+class Stream(ExternalStream):
+    """The same, by the object that owns it."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        _, pointer = owner.__cuda_stream__()
+        super().__init__(pointer)
+
+    @classmethod
+    def from_external(cls, owner: Any) -> Stream:
+        return cls(owner)
 
 
 class UnownedMemory:
@@ -222,13 +232,15 @@ class RawKernel:
 
     def convert(self, position: int, pair: tuple[str, Any]) -> Any:
         letter, argument = pair
-        if letter == "p":
+        if letter in "pv":
             if not isinstance(argument, ndarray):
                 raise TypeError(f"argument {position} must be an array, got {type(argument)}")
             if argument.device.id != current[-1]:
                 raise ValueError("the array is not on the current device")
             if not argument.flags.c_contiguous:
                 raise ValueError("the array has strides, which RawKernel ignores")
+            if letter == "v" and argument.data.ptr % 16:
+                raise ValueError("the array is not aligned to the 16 bytes that are read at once")
             return ctypes.c_void_p(argument.host.ctypes.data)
         numpy_type, ctypes_type = SCALARS[letter]
         if type(argument) is not numpy_type:
@@ -253,6 +265,7 @@ runtime = types.SimpleNamespace(
 nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
 cuda = types.SimpleNamespace(
     Device=Device,
+    ExternalStream=ExternalStream,
     MemoryPointer=MemoryPointer,
     Stream=Stream,
     UnownedMemory=UnownedMemory,

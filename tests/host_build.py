@@ -42,7 +42,9 @@ def build(source: str, *flags: str) -> ctypes.CDLL:
 
 
 def signature(library: ctypes.CDLL, name: str) -> str:
-    """A letter each parameter: p pointer, I and Q unsigned 32 and 64 bits, i and q signed, f and d floats."""
+    """A letter each parameter: p pointer, v pointer to vectors of 16 bytes, I and Q unsigned 32 and 64 bits,
+    i and q signed, f and d floats.
+    """
     letters = ctypes.create_string_buffer(64)
     library[f"signature_{name}"](letters)
     return letters.value.decode()

@@ -5,6 +5,7 @@
 #include <utility>
 
 static char letter(const volatile void *) { return 'p'; }
+static char letter(const uint4 *) { return 'v'; } /* read 16 bytes at once, so aligned to them */
 static char letter(uint32_t) { return 'I'; }
 static char letter(unsigned long long) { return 'Q'; }
 static char letter(int) { return 'i'; }

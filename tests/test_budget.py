@@ -56,6 +56,34 @@ def test_the_other_distributions_are_held_to_theirs(architecture):
                     assert not re.match(r"MUFU|FFMA|HFMA|DFMA|.*\.APPROX", instruction.opcode)
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["round 0", "shifted"])
+@pytest.mark.parametrize("architecture", budget.ARCHITECTURES)
+def test_a_key_in_memory_takes_nothing_in_the_loops(architecture, shifted):
+    """The compiler makes a few instructions more of some loops, fewer of others."""
+    by_number, by_address = (
+        budget.disassemble(budget.compile_as_cupy(cuda.source(shifted, in_memory), architecture))
+        for in_memory in (False, True)
+    )
+    names = [name for name, loop in budget.LOOPS.items() if loop[0] is shifted]
+    for dtype, size in budget.ITEM_BYTES.items():
+        functions = [found[f"fill_{dtype}"] for found in (by_number, by_address)]
+        usual, turns = map(budget.hot_paths, functions)
+        if architecture == "90" and not shifted:
+            assert functions[1].registers <= functions[0].registers + 1
+        for name in names:
+            rank = budget.LOOPS[name][1]
+            turn, samples = turns[rank], sum(budget.store_bytes(turns[rank])) // size
+            assert {*budget.store_bytes(turn)} == {16}
+            assert samples == sum(budget.store_bytes(usual[rank])) // size
+            assert len(turn) <= 1.03 * len(usual[rank])
+            if architecture == "90" and dtype in SHORT:
+                assert len(turn) <= len(usual[rank]) + 1
+                assert len(turn) / samples <= {**LIMITS, "truncated_normal": 31.125, "uniform": 14}[name]
+            opcodes = [[i.name for i in path] for path in (usual[rank], turn)]
+            assert not {"LDL", "STL", "R2UR"} & {*opcodes[1]}
+            assert [o.count("LDG") for o in opcodes] == [opcodes[0].count("LDG")] * 2
+
+
 def test_every_store_has_16_bytes_and_nothing_is_in_local_memory(counted):
     for by_dtype in counted.values():
         for found in by_dtype.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 
 import host_build
@@ -26,14 +27,17 @@ def compile_to_ptx(source: str, options: tuple[str, ...]) -> str:
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("key_in_memory", [False, True], ids=["key", "key in memory"])
 @pytest.mark.parametrize("shifted", [False, True], ids=["round 0", "shifted"])
 @pytest.mark.parametrize("headers", [True, False], ids=["as CuPy", "no include path"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(architecture, headers, shifted):
+def test_nvrtc_compiles_the_kernel_with_nothing_fused_or_approximate(
+    architecture, headers, shifted, key_in_memory
+):
     options = cuda.compiler_options(architecture)
     if not headers:
         options = tuple(option for option in options if not option.startswith("-I"))
-    ptx = compile_to_ptx(cuda.source(shifted), options)
+    ptx = compile_to_ptx(cuda.source(shifted, key_in_memory), options)
     for name in ("float32", "float16", "bfloat16", "float64"):
         assert f".entry fill_{name}(" in ptx
     assert faults(ptx) == []
@@ -60,8 +64,8 @@ def faults(ptx: str) -> list[str]:
 @needs_nvrtc
 def test_a_plain_product_and_sum_are_seen():
     """The control: without the intrinsics the operations could fuse, with contraction they do."""
-    for shifted in (False, True):
-        code = cuda.source(shifted)
+    for choice in itertools.product((False, True), repeat=2):
+        code = cuda.source(*choice)
         plain = code.replace("__fmul_rn(a, b)", "a * b").replace("__fadd_rn(a, b)", "a + b")
         assert plain != code
         fused = tuple(option for option in cuda.compiler_options(90) if "fmad" not in option)
@@ -93,6 +97,21 @@ def test_contraction_changes_the_bits_and_is_off_in_the_host_build():
         on = run_on_host(host_build.build(code, host_build.CONTRACTION_ON), distribution, numbers)
         different = np.frombuffer(off, np.uint32) != np.frombuffer(on, np.uint32)
         assert different.mean() > least
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("shifted", [False, True], ids=["round 0", "shifted"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_key_in_memory_is_loaded_once_and_16_bytes_wide_in_ptx(architecture, shifted):
+    ptx = compile_to_ptx(cuda.source(shifted, key_in_memory=True), cuda.compiler_options(architecture))
+    for name in ("float32", "float16", "bfloat16", "float64"):
+        before_any_loop, *_ = re.split(r"^\$L\w+:", entry(ptx, f"fill_{name}"), flags=re.MULTILINE)
+        given = re.search(rf"ld\.param\.u64 +\t(%rd\d+), \[fill_{name}_param_5\];", before_any_loop)[1]
+        address = re.search(rf"cvta\.to\.global\.u64 +\t(%rd\d+), {given};", before_any_loop)[1]
+        loads = re.findall(rf"\bld\.\S+ +\t.*\[{address}.*\];", entry(ptx, f"fill_{name}"))
+        assert len(loads) == 1
+        assert re.match(r"ld\.global\.(?:nc\.)?v4\.u32", loads[0])
+        assert loads[0] in before_any_loop
 
 
 def test_the_launch_fits_the_kernels_bounds():

@@ -7,6 +7,12 @@
 cover it. A backend knows nothing of fans, names or indices.
 """
 
+from typing import Any
+
 from gpuinit.quantile import Numbers
 
-Request = tuple[int, int, int, Numbers]  # key, stream, distribution, its numbers (gpuinit.distributions)
+# Key, stream, distribution, its numbers (gpuinit.distributions). For gpuinit.backends.cuda the key may be a
+# CuPy array on the device of `out`, where only the device knows it: four uint32, aligned to 16 bytes, for the
+# key and for a number of elements that is added to the offset of every run, each with its high word first.
+# They are read when the kernel runs, in the order of its stream.
+Request = tuple[int | Any, int, int, Numbers]

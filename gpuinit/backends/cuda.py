@@ -39,11 +39,16 @@ def fill(out: Any, runs: Iterable[Run], request: Request) -> None:
     key, stream, distribution, numbers = request
     device, dtype = out.device, name(out.dtype)
     lanes = 16 // out.dtype.itemsize
-    shared = (uint64(key), uint64(stream), np.uint32(distribution), *numbers)
     shifted = distribution >= NORMAL
     position = 0
     with device:
-        launch, most = kernel(dtype, shifted), resident_blocks(device.id, dtype, shifted)
+        if type(key) is int:
+            given: Any = uint64(key)
+            launch, most = kernel(dtype, shifted), resident_blocks(device.id, dtype, shifted)
+        else:  # an array, which the kernel reads when it runs
+            given = key
+            launch, most = kernel(dtype, shifted, True), resident_blocks(device.id, dtype, shifted, True)
+        shared = (given, uint64(stream), np.uint32(distribution), *numbers)
         for run in runs:
             part, size = out, run.rows * run.length
             if size < out.size:
@@ -68,11 +73,11 @@ uint64 = lru_cache(maxsize=256)(np.uint64)  # the same few numbers in call after
 
 
 @cache
-def kernel(dtype: str, shifted: bool = False) -> Any:
+def kernel(dtype: str, shifted: bool = False, key_in_memory: bool = False) -> Any:
     """The kernel for a dtype. CuPy compiles a source once for a device, for all of them."""
     import cupy
 
-    return cupy.RawKernel(source(shifted), f"fill_{dtype}", options=OPTIONS)
+    return cupy.RawKernel(source(shifted, key_in_memory), f"fill_{dtype}", options=OPTIONS)
 
 
 @cache
@@ -82,17 +87,18 @@ def name(dtype: np.dtype) -> str:
 
 
 @cache
-def resident_blocks(device: int, dtype: str, shifted: bool = False) -> int:
+def resident_blocks(device: int, dtype: str, shifted: bool = False, key_in_memory: bool = False) -> int:
     """How many blocks of the kernel the device, which is current, holds at once.
 
     Blocks do equal work: were the grid any larger, the last of them would leave the device half idle.
     """
     import cupy
 
-    loaded = kernel(dtype, shifted)
+    # The one that `fill` has: by arguments that are written otherwise it would be another.
+    loaded = kernel(dtype, shifted, True) if key_in_memory else kernel(dtype, shifted)
     try:
         loaded.compile()
-    except Exception as error:  # of the second kernel: devices.py has tried the first
+    except Exception as error:  # of another compilation: devices.py has tried the first
         devices.refuse_passing(error)
         raise RuntimeError(devices.explain_kernel_error(error)) from error
     attributes = cupy.cuda.Device(device).attributes
@@ -105,10 +111,15 @@ def resident_blocks(device: int, dtype: str, shifted: bool = False) -> int:
 
 
 @cache
-def source(shifted: bool = False) -> str:
-    """kernels/fill.cu, for the distributions round 0, or for those that have more numbers and tables."""
+def source(shifted: bool = False, key_in_memory: bool = False) -> str:
+    """kernels/fill.cu, for the distributions round 0, or for those that have more numbers and tables.
+
+    With the key as a number, or where the kernel finds it in the device's memory.
+    """
     code = read("fill.cu")
-    return f"#define SHIFTED\n{read('normal_tables.cuh')}{code}" if shifted else code
+    if shifted:
+        code = f"#define SHIFTED\n{read('normal_tables.cuh')}{code}"
+    return f"#define KEY_IN_MEMORY\n{code}" if key_in_memory else code
 
 
 def compiler_options(architecture: int) -> tuple[str, ...]:
