@@ -70,16 +70,49 @@ def main():
             tree = gpuinit.jax.initialize({"kernel": leaf, "bias": leaf}, seed=5)
             check(tree["kernel"], gpuinit.he_normal(SHAPE, seed=5, name="kernel", device="cpu"), sharding)
             check(tree["bias"], np.zeros(SHAPE, np.float32), sharding)
+    many_keys_in_either_width()
+    where_another_shard_map_has_taken_an_axis()
     each_device_makes_its_own_part_and_nothing_more()
     if COUNT == 8:
         the_whole_is_never_in_memory_twice()
+
+
+def many_keys_in_either_width():
+    """Sharded along the keys and along the weights."""
+    keys = jax.random.split(jax.random.key(5), COUNT)
+    seeds = [int(high) << 32 | int(low) for high, low in jax.random.key_data(keys).tolist()]
+    sharding = NamedSharding(jax.make_mesh(MESHES[0], ("a", "b")), P("a", "b"))
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            program = jax.jit(jax.vmap(lambda k: gpuinit.jax.he_normal()(k, SHAPE)), out_shardings=sharding)
+            dtype = "float64" if wide else "float32"
+            expected = [gpuinit.he_normal(SHAPE, seed=s, device="cpu", dtype=dtype) for s in seeds]
+            check(program(keys), np.stack(expected), sharding)
+
+
+def where_another_shard_map_has_taken_an_axis():
+    mesh = jax.make_mesh(MESHES[0], ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
+    init, rows, spec = gpuinit.jax.he_normal(), MESHES[0][0], P("a", None, "b")
+    keys = jax.random.wrap_key_data(jnp.array([[0, seed] for seed in range(rows)], jnp.uint32))
+    keys = jax.device_put(keys, NamedSharding(mesh, P("a")))
+    expected = np.stack([gpuinit.he_normal(SHAPE, seed=seed, device="cpu") for seed in range(rows)])
+    for checked in (True, False):
+        one = jax.shard_map(
+            lambda k: init(k[0], SHAPE, None, P(None, "b"))[None],
+            mesh=mesh,
+            in_specs=P("a"),
+            out_specs=P("a"),
+            axis_names={"a"},
+            check_vma=checked,
+        )
+        check(jax.jit(one)(keys), expected, NamedSharding(mesh, spec))
 
 
 def each_device_makes_its_own_part_and_nothing_more():
     made = []
 
     def recording(out, runs, request):
-        made.append(out.shape)
+        made.append(out.size)
         fill(out, runs, request)
 
     fill, cpu.fill = cpu.fill, recording
@@ -102,7 +135,7 @@ def each_device_makes_its_own_part_and_nothing_more():
         # Nothing goes from device to device either: no whole is cut up.
         with jax.transfer_guard_device_to_device("disallow_explicit"):
             jax.block_until_ready(draw())
-        assert made == [sharding.shard_shape(SHAPE)] * COUNT, made
+        assert made == [np.prod(sharding.shard_shape(SHAPE))] * COUNT, made
     cpu.fill = fill
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import operator
+import signal
 import subprocess
 from functools import partial
 
@@ -194,6 +196,13 @@ def test_a_whole_and_a_part_and_a_batch(platform, name, dtype):
                 assert weights.tobytes() == expected[index].tobytes()
 
 
+def test_an_array_of_no_element_has_no_memory(platform):
+    where, array, empty, _ = platform
+    call = Call(array(words_of([SEED], [0])[0]), empty((0, 3), DTYPES["float32"]), "not even a request")
+    call.frame.results.buffers[0].contents.data = None
+    assert call.run(where) is None
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (2, 3, 4, 5)])
 def test_any_number_of_axes(platform, shape):
     where, array, empty, read = platform
@@ -268,7 +277,40 @@ def test_an_interrupt_while_an_error_is_told_is_one_more_error(platform, monkeyp
     monkeypatch.setattr(ffi, "code_of", interrupted)
     call = Call(array(words_of([7], [0])[0]), empty((5, 3), DTYPES["float32"]), "not JSON")
     assert call.run(where) == 0xE
-    assert call.errors == [(ffi.CANCELLED, "gpuinit: the call was interrupted")]
+    assert call.errors == [(ffi.CANCELLED, "gpuinit: it was interrupted, or cannot tell its error")]
+
+
+def test_an_interrupt_as_the_handler_begins_is_an_error(monkeypatch):
+    """SIGINT is pending when XLA calls, raised and called without a step of Python in between."""
+    out = np.full(15, 7, np.float32)
+    call = Call(words_of([7], [0])[0], out, request_of((15,), "float32", DRAWS["normal"][0]))
+    address = ctypes.cast(ffi.HANDLERS["cpu"], ctypes.c_void_p).value
+    native = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+    interrupt = partial(getattr(ctypes.PyDLL(None), "raise"), signal.SIGINT)
+    calls = [interrupt, partial(native, ctypes.addressof(call.frame))]
+    assert list(map(operator.call, calls)) == [0, 0xE]
+    assert call.errors == [(ffi.CANCELLED, "gpuinit: KeyboardInterrupt: ")]
+    assert call.run("cpu") is None
+    assert (out != 7).all()
+
+
+def test_an_error_that_cannot_be_told_is_one_all_the_same(platform, monkeypatch):
+    where, array, empty, _ = platform
+
+    class MuteError(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    def fail(*_):
+        raise MuteError
+
+    monkeypatch.setattr(ffi, "read", fail)
+    call = Call(array(words_of([7], [0])[0]), empty((5, 3), DTYPES["float32"]), "")
+    assert call.run(where) == 0xE
+    assert call.errors == [(ffi.CANCELLED, "gpuinit: it was interrupted, or cannot tell its error")]
+    monkeypatch.setattr(ffi, "read", lambda frame: "\udcff".encode())
+    assert call.run(where) == 0xE
+    assert "UnicodeEncodeError" in call.errors[1][1]
 
 
 def test_a_cuda_stream_that_xla_does_not_give(cupy_sim, monkeypatch):

@@ -318,12 +318,12 @@ def test_a_key_is_used_once_where_jax_checks_it():
 def test_an_error_of_the_fill_is_that_of_the_program(monkeypatch):
     program = jax.jit(draw)
     assert same(program(key()), core())
-    for error, code in (
-        (MemoryError("no room"), "RESOURCE_EXHAUSTED"),
-        (ValueError("not this\0way"), "INVALID_ARGUMENT"),
-        (OSError(5, "no such thing ü"), "INTERNAL"),
-        (KeyboardInterrupt(), "CANCELLED"),
-        (SystemExit(3), "CANCELLED"),
+    for error, told in (
+        (MemoryError("no room"), "RESOURCE_EXHAUSTED: gpuinit: MemoryError: no room"),
+        (ValueError("not this\0way"), "INVALID_ARGUMENT: gpuinit: ValueError: not this way"),
+        (OSError(5, "no such thing ü"), r"INTERNAL: gpuinit: OSError: \[Errno 5\] no such thing ü"),
+        (KeyboardInterrupt(), "CANCELLED: gpuinit: KeyboardInterrupt: "),
+        (SystemExit(3), "CANCELLED: gpuinit: SystemExit: 3"),
     ):
 
         def fail(*_, error=error):
@@ -331,7 +331,7 @@ def test_an_error_of_the_fill_is_that_of_the_program(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(ffi, "fill_host", fail)
-            with pytest.raises(Exception, match=f"{code}: gpuinit: {type(error).__name__}: "):
+            with pytest.raises(Exception, match=told):
                 program(key()).block_until_ready()
     assert same(program(key()), core())
 
@@ -389,10 +389,11 @@ def test_without_the_handler_the_host_is_called_back(monkeypatch):
 END = """
 import os, signal, sys, threading, time
 import jax, jax.numpy as jnp, gpuinit.jax
+from gpuinit.jax import ffi
 count, end = int(sys.argv[1]), sys.argv[2]
 init = gpuinit.jax.he_normal()
-program = jax.jit(lambda k: [init(jax.random.wrap_key_data(k + i), (512, 1024)) for i in range(count)])
-words = jnp.zeros(2, jnp.uint32)
+program = jax.jit(lambda k: [init(jax.random.fold_in(k, i), (512, 1024)) for i in range(count)])
+words = jax.random.key(0)
 compiled = program.lower(words).compile()
 jax.block_until_ready(words)
 if end == "dropped":
@@ -406,8 +407,12 @@ elif end == "thread":
 elif end == "fork":
     kept = compiled(words)
     jax.block_until_ready(kept)
-    if os.fork() == 0: os._exit(0)
-    os.wait()
+    parent = os.getpid()
+    if os.fork() == 0: ffi.wait_for_programs(parent); os._exit(0)
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+elif end == "guarded":
+    jax.config.update("jax_transfer_guard", "disallow_explicit")
+    compiled(words)
 else:
     kept = compiled(words)
     if end == "exit": sys.exit(3)
@@ -415,8 +420,11 @@ else:
 """
 
 
-@pytest.mark.parametrize("end", ["kept", "dropped", "many", "thread", "exit", "error", "fork"])
-@pytest.mark.parametrize("count", [1, 12])  # XLA runs the first at once, the others in threads of its own
+ENDS = ["kept", "dropped", "many", "thread", "exit", "error", "fork", "guarded"]
+
+
+# XLA runs one array at once, sixty in threads of its own.
+@pytest.mark.parametrize(("count", "end"), [(1, "kept"), *((60, end) for end in ENDS)])
 def test_python_ends_while_a_program_runs(count, end):
     done = python(END, count, end)
     assert done.returncode == {"exit": 3, "error": 1}.get(end, 0), done.stderr

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import dis
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
@@ -211,6 +213,7 @@ def in_a_row(words: Any, out: Any) -> tuple[Any, Any, tuple[int, ...]]:
 
 
 def run_on_cpu(frame: CallFrame) -> None:
+    wait_at_exit()
     text, words, out = read(frame)
     if prod(out[1]):
         array = host_array(*out)
@@ -272,27 +275,44 @@ def stream_of(frame: CallFrame) -> int:
 # The handler
 
 
+def without_signals_at_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """CPython handles signals as a function begins, before its first `try`. This one lets them wait.
+
+    The instruction RESUME does so unless its argument is 2 or more (Python/bytecodes.c).
+    """
+    code = bytearray(function.__code__.co_code)
+    resume = next(at for at in range(0, len(code), 2) if code[at] == dis.opmap["RESUME"])
+    code[resume + 1] = 2
+    function.__code__ = function.__code__.replace(co_code=bytes(code))
+    return function
+
+
+@without_signals_at_first
 def handle(run: Callable[[CallFrame], None], address: int) -> int | None:
     """Do what a call frame asks for; return None, or the address of an XLA error. It must not raise.
 
-    The second try is for what comes while the first error is told, as a Ctrl-C: XLA would take the array,
-    unwritten, for filled.
+    If it did, XLA would take the array, unwritten, for filled. The second try is for what comes while the
+    first error is told, as a Ctrl-C, or for want of stack; no Python function is called then.
     """
-    frame = CallFrame.from_address(address)
     try:
         try:
-            if frame.extension and frame.extension.contents.base.kind == METADATA:
-                describe(frame)
-            elif problems:
-                raise RuntimeError(problems[0])
-            else:
-                wait_at_exit()
-                run(frame)
+            answer(run, CallFrame.from_address(address))
         except BaseException as error:
-            return make_error(frame, f"{type(error).__name__}: {error}".encode(), code_of(error))
+            text = f"gpuinit: {type(error).__name__}: {error}"
+            return make_error(CallFrame.from_address(address), text, code_of(error))
     except BaseException:
-        return make_error(frame, b"the call was interrupted", CANCELLED)
+        made: int = CallFrame.from_address(address).api.contents.create_error(LAST_ERROR)
+        return made
     return None
+
+
+def answer(run: Callable[[CallFrame], None], frame: CallFrame) -> None:
+    if frame.extension and frame.extension.contents.base.kind == METADATA:
+        describe(frame)
+    elif problems:
+        raise RuntimeError(problems[0])
+    else:
+        run(frame)
 
 
 def describe(frame: CallFrame) -> None:
@@ -327,12 +347,20 @@ def code_of(error: BaseException) -> int:
     return INTERNAL if isinstance(error, Exception) else CANCELLED
 
 
-def make_error(frame: CallFrame, message: bytes, code: int) -> int | None:
-    """An error that XLA owns; it copies the message."""
-    text = b"gpuinit: " + message.replace(b"\0", b" ")
-    arguments = ErrorArguments(ctypes.sizeof(ErrorArguments), None, text, code)
-    made: int | None = frame.api.contents.create_error(ctypes.byref(arguments))
+def make_error(frame: CallFrame, text: str, code: int) -> int | None:
+    """An error that XLA owns; it copies the text."""
+    made: int | None = frame.api.contents.create_error(ctypes.byref(error_arguments(text, code)))
     return made
+
+
+def error_arguments(text: str, code: int) -> ErrorArguments:
+    message = text.replace("\0", " ").encode(errors="backslashreplace")
+    return ErrorArguments(ctypes.sizeof(ErrorArguments), None, message, code)
+
+
+LAST_ERROR = ctypes.pointer(
+    error_arguments("gpuinit: it was interrupted, or cannot tell its error", CANCELLED)
+)
 
 
 @cache
@@ -341,16 +369,19 @@ def wait_at_exit() -> None:
 
     It is asked of whoever makes or runs such a program, as there may be nothing to wait for, and no backend.
     """
-    atexit.register(wait_for_programs)
+    atexit.register(wait_for_programs, os.getpid())
 
 
-def wait_for_programs() -> None:
-    for array in jax.live_arrays("cpu"):
-        with suppress(Exception):  # it may be deleted, or its program have failed
-            array.block_until_ready()
-    # What nobody holds: the programs of one thread begin in turn, so that this one is the last to.
-    for device in jax.local_devices(backend="cpu"):
-        (jax.device_put(np.int32(0), device) + 1).block_until_ready()
+def wait_for_programs(process: int) -> None:
+    if os.getpid() != process:  # a forked child has none of XLA's threads
+        return
+    with jax.transfer_guard("allow"):
+        for array in jax.live_arrays("cpu"):
+            with suppress(Exception):  # it may be deleted, or its program have failed
+                array.block_until_ready()
+        # What nobody holds: the programs of one thread begin in turn, so that this one is the last to.
+        for device in jax.local_devices(backend="cpu"):
+            (jax.device_put(np.int32(0), device) + 1).block_until_ready()
 
 
 HANDLER = ctypes.CFUNCTYPE(c_void_p, c_void_p)

@@ -204,8 +204,7 @@ def key_words(key: Any) -> jax.Array:
         jax.random.bits(key)  # a draw that the checker knows as one
     if words.dtype != np.uint32 or words.shape not in ((2,), (4,)):
         raise ValueError(f"{wanted}, got {words.dtype} of shape {words.shape}")
-    first = jax.lax.slice(words, (0,), (2,))
-    return jnp.array(first, copy=True)  # an operation, so that under jit a key from outside is traced
+    return jax.lax.slice(words, (0,), (2,))  # an operation: under jit a key from outside is traced
 
 
 def seed_of(words: np.ndarray) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from gpuinit import devices
 from gpuinit.distributions import Draw, find_sampling
@@ -54,12 +54,17 @@ def draw_whole(whole: Whole, key: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 2))
 def draw_shards(whole: Whole, key: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same, of which every device makes its own shard of this sharding."""
-    part = sharding.shard_shape(whole.shape)
+    mesh, spec = sharding.mesh, sharding.spec
+    # The axes of a `shard_map` round this, for which the whole is one device's own. JAX tells the shape of no
+    # shard on a mesh that has some.
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    plain = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
     shards = jax.shard_map(
-        partial(fill_part, whole, part, sharding.spec),
-        mesh=sharding.mesh,
+        partial(fill_part, whole, NamedSharding(plain, spec).shard_shape(whole.shape), spec),
+        mesh=None if manual else mesh,
+        axis_names=set(mesh.axis_names) - manual,
         in_specs=PartitionSpec(),
-        out_specs=sharding.spec,
+        out_specs=spec,
         check_vma=False,
     )
     made: jax.Array = shards(key)
@@ -118,9 +123,11 @@ def has_handler() -> bool:
     platform = jax.default_backend()
     if ffi.problem() is not None:
         return False
-    ffi.wait_at_exit()
+    if platform == "cpu":
+        ffi.wait_at_exit()
+        return True
     if platform != "gpu" or "rocm" in jax.local_devices()[0].client.platform_version:
-        return bool(platform == "cpu")
+        return False
     problem = devices.cuda_problem()
     if problem is not None:
         devices.warn_of_fallback(problem)
@@ -182,7 +189,7 @@ def fill_place(whole: Whole, part: tuple[int, ...], starts: np.ndarray, key: jax
     firsts = starts[:, batch_ndim:] @ np.array(row_major(whole.shape), np.int64)
     here = jax.lax.axis_index("device")
     batch = jnp.asarray(starts[:, :batch_ndim], np.int32)[here]
-    mine = jax.lax.dynamic_slice(key, [*batch, 0], (*part[:batch_ndim], key.shape[-1]))
+    mine = jax.lax.dynamic_slice(key, [*batch, np.int32(0)], (*part[:batch_ndim], key.shape[-1]))
     halves = np.stack([firsts >> 32, firsts & 0xFFFFFFFF], axis=-1).astype(np.uint32)
     return fill(whole, part[batch_ndim:], mine, jnp.asarray(halves)[here])
 
