@@ -308,9 +308,18 @@ def test_an_error_that_cannot_be_told_is_one_all_the_same(platform, monkeypatch)
     call = Call(array(words_of([7], [0])[0]), empty((5, 3), DTYPES["float32"]), "")
     assert call.run(where) == 0xE
     assert call.errors == [(ffi.CANCELLED, "gpuinit: it was interrupted, or cannot tell its error")]
-    monkeypatch.setattr(ffi, "read", lambda frame: "\udcff".encode())
+
+
+def test_a_text_that_no_encoding_has_is_told(platform, monkeypatch):
+    where, array, empty, _ = platform
+
+    def fail(*_):
+        raise ValueError("\udcff")
+
+    monkeypatch.setattr(ffi, "read", fail)
+    call = Call(array(words_of([7], [0])[0]), empty((5, 3), DTYPES["float32"]), "")
     assert call.run(where) == 0xE
-    assert "UnicodeEncodeError" in call.errors[1][1]
+    assert call.errors == [(ffi.INVALID_ARGUMENT, r"gpuinit: ValueError: \udcff")]
 
 
 def test_a_cuda_stream_that_xla_does_not_give(cupy_sim, monkeypatch):
