@@ -61,7 +61,7 @@ def draw_shards(whole: Whole, key: jax.Array, sharding: NamedSharding) -> jax.Ar
     plain = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
     shards = jax.shard_map(
         partial(fill_part, whole, NamedSharding(plain, spec).shard_shape(whole.shape), spec),
-        mesh=None if manual else mesh,
+        mesh=mesh,
         axis_names=set(mesh.axis_names) - manual,
         in_specs=PartitionSpec(),
         out_specs=spec,
