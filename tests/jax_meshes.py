@@ -83,11 +83,12 @@ def many_keys_in_either_width():
     seeds = [int(high) << 32 | int(low) for high, low in jax.random.key_data(keys).tolist()]
     sharding = NamedSharding(jax.make_mesh(MESHES[0], ("a", "b")), P("a", "b"))
     for wide in (False, True):
-        with jax.enable_x64(wide):
-            program = jax.jit(jax.vmap(lambda k: gpuinit.jax.he_normal()(k, SHAPE)), out_shardings=sharding)
-            dtype = "float64" if wide else "float32"
-            expected = [gpuinit.he_normal(SHAPE, seed=s, device="cpu", dtype=dtype) for s in seeds]
-            check(program(keys), np.stack(expected), sharding)
+        jax.config.update("jax_enable_x64", wide)  # for XLA's threads as well, unlike jax.enable_x64
+        program = jax.jit(jax.vmap(lambda k: gpuinit.jax.he_normal()(k, SHAPE)), out_shardings=sharding)
+        dtype = "float64" if wide else "float32"
+        expected = [gpuinit.he_normal(SHAPE, seed=s, device="cpu", dtype=dtype) for s in seeds]
+        check(program(keys), np.stack(expected), sharding)
+    jax.config.update("jax_enable_x64", False)
 
 
 def where_another_shard_map_has_taken_an_axis():
