@@ -135,7 +135,7 @@ def small() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=Path, help="a folder for jax-jit-MACHINE.json")
+    parser.add_argument("--results", type=Path, help="a folder for jax-jit.json")
     folder = parser.parse_args().results
     report: dict[str, Any] = {"machine": cpu.describe_machine(), "large": large(), "beyond": {}}
     print(f"one array of {SHAPE[0]} x {SHAPE[1]}, float32\n{'':24}{'ms':>10}{'MiB beyond it':>16}")
