@@ -74,9 +74,29 @@ def seconds_to_load(engine: str) -> float:
     return statistics.median(float(done.stdout) for done in run[1:])
 
 
+def show_philox() -> None:
+    """Of few blocks, by integers of Python and by arrays."""
+    print("\nFEW_BLOCKS, NumPy engine: one call of philox4x32, by integers of Python and by arrays")
+    most = quantile.FEW_BLOCKS
+    for label, n in powers(0, 8).items():
+        block = np.arange(n, dtype=np.uint64)
+        scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float32)
+        found = []
+        for quantile.FEW_BLOCKS in (n, 0):
+            times = []
+            for _ in range(2000):
+                start = time.perf_counter()
+                quantile.philox4x32(block, 1, 2, scratch)
+                times.append(time.perf_counter() - start)
+            found.append(statistics.median(times) * 1e6)
+        print(f"  {label:>24}{found[0]:10.1f}{found[1]:10.1f} microseconds", flush=True)
+    quantile.FEW_BLOCKS = most
+
+
 def main() -> None:
     cores = max(2, cpu.thread_limit())
     print(f"{cores} threads where threads are tried")
+    show_philox()
     size = 2**23
     show("BLOCKS_ALONE, NumPy engine, one thread", {
         label: (("numpy", size, 1), {"BLOCKS_ALONE": n}) for label, n in powers(10, 17).items()

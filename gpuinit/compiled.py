@@ -53,7 +53,7 @@ from gpuinit.quantile import (
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-(R0, R1, R2, R3), (Y0, Y1), (N0,), (Q0, Q1) = R, Y, N, Q
+(R0, R1, R2, R3), (Y0, Y1), (N0,), (Q0, Q1) = ([float(x) for x in numbers] for numbers in (R, Y, N, Q))
 
 LOW_WORD = 0xFFFFFFFF
 
@@ -593,6 +593,7 @@ def constants(sample_type: np.dtype, distribution: int) -> int:
     """A checksum of all that the compiled function takes from elsewhere."""
     philox = PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1, PHILOX_ROUNDS
     layout = [number.tolist() for number in segments(sample_type)[1:]] if distribution >= NORMAL else []
-    written = repr((philox, R, Y, N, Q, R64, N64, Q64, layout, distribution)).encode()
+    numbers = [float(number) for number in (*R, *Y, *N, *Q, *R64, *N64, *Q64)]
+    written = repr((philox, numbers, layout, distribution)).encode()
     table = normal_table(sample_type).tobytes() if distribution >= NORMAL else b""
     return crc32(table, crc32(written))

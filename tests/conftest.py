@@ -101,10 +101,13 @@ class Cpu:
         """The words, one block a row."""
         rows = []
         for block, stream, key in zip(blocks, streams, keys, strict=True):
-            scratch = quantile.make_scratch(quantile.make_memory(1), 1, np.float32)
-            round_keys = quantile.round_keys(key)
-            even, odd = quantile.philox4x32(np.array([block], np.uint64), stream, round_keys, scratch)
-            rows.append([word & 0xFFFFFFFF for word in (even[0], odd[0], even[1], odd[1])])
+            words = []
+            for n in (1, quantile.FEW_BLOCKS + 1):  # there are two ways
+                scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float32)
+                even, odd = quantile.philox4x32(np.full(n, block, np.uint64), stream, key, scratch)
+                words.append([even.low[0], odd.low[0], even.low[n], odd.low[n]])
+            assert words[0] == words[1]
+            rows.append(words[0])
         return np.array(rows, np.uint32).reshape(-1, 4)
 
     def reciprocal(self, x: np.ndarray) -> np.ndarray:
@@ -114,16 +117,17 @@ class Cpu:
         """The float32 samples of words, (n, 4) both."""
         n = len(words)
         scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float32)
-        scratch.words[:] = words.T
-        u = quantile.uniform(scratch.words, scratch.u)
-        return quantile.truncated_normal(u, scratch).T.copy()
+        scratch.even.low[:], scratch.odd.low[:] = words.T[0::2].ravel(), words.T[1::2].ravel()
+        u = quantile.uniform((scratch.even, scratch.odd), scratch.u)
+        return quantile.truncated_normal(u, scratch)[[0, 2, 1, 3]].T.copy()
 
     def truncated_normal64(self, words: np.ndarray) -> np.ndarray:
         """The float64 samples, (n, 2), of words, (n, 4)."""
         n = len(words)
         scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float64)
-        scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
-        u = quantile.uniform64(quantile.join64(scratch.even, scratch.odd), scratch.u)
+        scratch.even.both[:], scratch.odd.both[:] = words.T[0::2].ravel(), words.T[1::2].ravel()
+        quantile.join64(scratch.even, scratch.odd)
+        u = quantile.uniform64(scratch.words, scratch.u)
         return quantile.truncated_normal64(u, scratch).T.copy()
 
     def normal(self, words: np.ndarray, kind: Any, numbers: tuple | None = None) -> np.ndarray:
@@ -131,10 +135,10 @@ class Cpu:
         n = len(words)
         scratch = quantile.make_scratch(quantile.make_memory(n), n, kind)
         if kind is np.float64:
-            scratch.even[:], scratch.odd[:] = words.T[0::2], words.T[1::2]
+            scratch.even.both[:], scratch.odd.both[:] = words.T[0::2].ravel(), words.T[1::2].ravel()
             quantile.join64(scratch.even, scratch.odd)
         else:
-            scratch.words[:] = words.T
+            scratch.words[:] = words.T.view(np.int32)
         scratch = quantile.normal_scratch(scratch)
         made = quantile.normal_between(numbers, scratch) if numbers else quantile.normal(scratch)
         return made.T.copy()

@@ -35,7 +35,7 @@ def made(words: np.ndarray) -> np.ndarray:
     """The samples of words, a multiple of four of them."""
     n = words.size // 4
     scratch = quantile.make_scratch(quantile.make_memory(n), n, np.float32)
-    scratch.words[:] = words.view(np.uint32).reshape(4, n)
+    scratch.words[:] = words.view(np.int32).reshape(4, n)
     return quantile.normal(quantile.normal_scratch(scratch)).reshape(-1)
 
 

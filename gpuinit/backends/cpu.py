@@ -31,6 +31,10 @@ SCRATCH_BYTES = 14 * 2**20  # of all threads together
 MOST_THREADS = SCRATCH_BYTES // (BYTES_PER_BLOCK * BLOCKS_ALONE)  # 9; with less scratch each, more are slower
 ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
+# Scratch of small arrays is kept, as to make it takes longer than to fill an array of a few blocks.
+BLOCKS_KEPT = 2**10 + 2
+MOST_KEPT = 8
+
 # The same for Numba's engine, which needs no scratch and lets go of the interpreter lock for a whole tile. A
 # tile of new memory is no smaller than a huge page of 2 MiB: threads that meet in one all clear it. Towards
 # the end tiles are smaller, so that the threads end together.
@@ -44,6 +48,7 @@ ELEMENTS_TO_REPAY = 2**26
 SMALL = 2**18
 
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
+kept: dict[tuple[int, np.dtype], quantile.Scratch] = {}  # whoever uses one has taken it out
 compiled_kernels: set[tuple[np.dtype, int]] = set()  # dtypes and distributions whose function is loaded
 
 
@@ -109,21 +114,21 @@ def numba_problem() -> str | None:
 def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
     global elements_made
     key, stream, distribution, numbers = request
-    sample_type = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
+    sample_type = quantile.FLOAT64 if out.dtype.itemsize == 8 else quantile.FLOAT32
     lanes = 16 // sample_type.itemsize
-    threads = max(1, min(thread_limit(), MOST_THREADS, out.size // ELEMENTS_PER_THREAD))
+    threads = min(MOST_THREADS, out.size // ELEMENTS_PER_THREAD)
+    threads = max(1, min(thread_limit(), threads)) if threads > 1 else 1  # to ask takes a while
     most = BLOCKS_ALONE
     if threads > 1:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size // lanes + 2)
-    keys = quantile.round_keys(key)
 
     def work(mine: Iterator[Tile]) -> None:
-        memory = quantile.make_memory(blocks_at_once)
+        memory = quantile.make_memory(blocks_at_once) if blocks_at_once > BLOCKS_KEPT else None
         # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
         with np.errstate(all="ignore"):
             for tile in mine:
-                fill_tile(tile, sample_type, keys, stream, distribution, numbers, memory)
+                fill_tile(tile, sample_type, key, stream, distribution, numbers, memory)
 
     share(tiles(out, runs, lanes, lambda left: blocks_at_once), threads, work)
     elements_made += out.size
@@ -216,6 +221,10 @@ def tiles(
     for run in runs:
         rows = out[position : position + run.rows * run.length].reshape(run.rows, run.length)
         position += rows.size
+        if run.rows == 1 and run.length <= blocks_now() * lanes - run.offset % lanes:
+            left -= run.length
+            yield Tile(rows, run.offset, 0)
+            continue
         # Rows that start at different places of a block are taken in turns of equal ones.
         turns = 1 if run.row_stride % lanes == 0 else lanes
         for turn in range(min(turns, run.rows)):
@@ -253,23 +262,43 @@ def blocks_across(tile: Tile, lanes: int) -> int:
 def fill_tile(
     tile: Tile,
     sample_type: np.dtype,
-    keys: Array,
+    key: int,
     stream: int,
     distribution: int,
     numbers: Numbers,
-    memory: Array,
+    memory: Array | None,
 ) -> None:
     lanes = 16 // sample_type.itemsize
     weights = quantile.weights64 if lanes == 2 else quantile.weights
     rows, columns = tile.out.shape
     across = blocks_across(tile, lanes)
-    starts = np.arange(rows, dtype=np.uint64) * np.uint64(tile.row_stride // lanes)
-    starts += np.uint64(tile.first // lanes)
-    block = (starts[:, None] + np.arange(across, dtype=np.uint64)).reshape(-1)
-    scratch = quantile.make_scratch(memory, block.size, sample_type)
-    made = weights(block, stream, keys, distribution, numbers, scratch)
-    phase = tile.first % lanes
-    tile.out[...] = made.reshape(rows, across * lanes)[:, phase : phase + columns]
+    first, phase = divmod(tile.first, lanes)
+    block = np.arange(first, first + across, dtype=np.uint64)
+    if rows > 1:
+        starts = np.arange(rows, dtype=np.uint64) * np.uint64(tile.row_stride // lanes)
+        block = (starts[:, None] + block).reshape(-1)
+    scratch = take_scratch(block.size, sample_type, memory)
+    if tile.out.size == block.size * lanes and tile.out.dtype == sample_type and tile.out.flags.c_contiguous:
+        out = quantile.place(tile.out.reshape(-1, lanes))  # all that is made, so at once
+        weights(block, stream, key, distribution, numbers, scratch, out)
+    else:
+        weights(block, stream, key, distribution, numbers, scratch, scratch.placed)
+        made = scratch.weights.reshape(rows, across * lanes)
+        tile.out[...] = made[:, phase : phase + columns]
+    if memory is None:
+        if len(kept) == MOST_KEPT:
+            kept.clear()
+        kept[block.size, sample_type] = scratch
+
+
+def take_scratch(blocks: int, sample_type: np.dtype, memory: Array | None) -> quantile.Scratch:
+    """Scratch in this memory; without one, that of an earlier small array, which no other call has now."""
+    if memory is None:
+        scratch = kept.pop((blocks, sample_type), None)
+        if scratch is not None:
+            return scratch
+        memory = quantile.make_memory(blocks)
+    return quantile.make_scratch(memory, blocks, sample_type)
 
 
 def thread_limit() -> int:
