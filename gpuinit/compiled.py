@@ -534,16 +534,20 @@ def store_packet(typing, out, place, low, high, stream, key, numbers, distributi
 def make_fill(distribution: int, constants: int) -> Callable[..., None]:
     """The function to compile for a distribution."""
 
-    def fill(out, first, row_stride, key, stream, numbers):
-        """Row r of out, C-contiguous (rows, columns), gets the elements from first + r * row_stride on."""
+    def fill(out, starts, row_stride, key, stream, numbers):
+        """Row r of group g of out, C-contiguous (rows, columns), gets the elements from
+        starts[g] + r * row_stride on; the groups are as many as the starts, of as many rows each.
+        """
         lanes = 2 if out.itemsize == 8 else 4
         size = BLOCKS * lanes
         flat, part = out.reshape(-1), np.empty(size, out.dtype)
         rows, columns = out.shape
+        rows_each = rows // len(starts)
         for row in range(rows):
+            first = starts[row // rows_each] + np.uint64(row % rows_each) * row_stride
             done = 0
             while done < columns:
-                start = first + np.uint64(row) * row_stride + np.uint64(done)
+                start = first + np.uint64(done)
                 block, phase = start // np.uint64(lanes), np.int64(start % np.uint64(lanes))
                 low, high = np.int64(block % np.uint64(2**32)), block // np.uint64(2**32)
                 left = min(columns - done, (2**32 - low) * lanes - phase)  # with this high word
@@ -569,7 +573,7 @@ def make_fill(distribution: int, constants: int) -> Callable[..., None]:
 def kernel(dtype: np.dtype, distribution: int) -> Callable[..., None]:
     """The compiled function: from Numba's cache on disk, else compiled now, which takes a second or two.
 
-    Called as kernel(out, first, row_stride, key, stream, numbers), see `make_fill`.
+    Called as kernel(out, starts, row_stride, key, stream, numbers), see `make_fill`.
     """
     try:
         return compile_kernel(dtype, distribution, cache=True)
@@ -582,7 +586,7 @@ def compile_kernel(dtype: np.dtype, distribution: int, cache: bool) -> Callable[
     u64, number = types.uint64, numba_type(sample)
     split = types.int64 if sample is np.float64 else types.int32
     numbers = types.Tuple([number] * 9 + [split] if distribution >= NORMAL else [number])
-    signature = types.void(numba_type(written)[:, ::1], u64, u64, u64, u64, numbers)
+    signature = types.void(numba_type(written)[:, ::1], u64[::1], u64, u64, u64, numbers)
     fill = make_fill(distribution, constants(np.dtype(sample), distribution))
     # Without Python's check for a division by zero.
     compiled: Callable[..., None] = numba.njit(signature, error_model="numpy", nogil=True, cache=cache)(fill)

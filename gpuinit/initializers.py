@@ -81,8 +81,7 @@ def he_normal(
             of the part made. On CUDA it is filled on CuPy's current stream.
         index: The part to make, as one basic index into `shape`: integers, slices of step 1, an Ellipsis.
             None is all of it. `he_normal(shape, index=i)` equals `he_normal(shape)[i]` and takes the memory
-            of the part, and its time if no more than two axes are cut; each further one is walked step by
-            step. Fans are those of the whole shape.
+            of the part, and its time; rows of few elements take longer. Fans are those of the whole shape.
         in_axis: Axis or axes of the inputs, whose lengths make fan_in.
         out_axis: Axis or axes of the outputs, whose lengths make fan_out.
         batch_axis: Axis or axes that count for neither fan. Axes not named at all are the receptive field

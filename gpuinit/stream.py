@@ -19,12 +19,17 @@ MAX_SIZE = 2**63 - 1  # the largest count a signed 64-bit index can address
 
 
 class Run(NamedTuple):
-    """`rows` rows of `length` elements; row r starts at global element offset + r * row_stride."""
+    """`rows` rows of `length` elements; row r starts at global element offset + r * row_stride.
+
+    With outer axes, (length, stride) each, innermost first, all of that comes once for every step along them,
+    the offset being so much further.
+    """
 
     offset: int
     length: int
     rows: int
     row_stride: int
+    outer: tuple[tuple[int, int], ...] = ()
 
 
 def as_integer(value: object, wanted: str, got: object) -> int:
@@ -139,46 +144,24 @@ def parse_index(
     return tuple(starts), tuple(lengths), tuple(part)
 
 
-def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]) -> Iterator[Run]:
-    """The runs of global elements that make the part, in the part's own order.
+def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[Run]:
+    """The run of global elements that makes the part, in the part's own order; none for an empty part.
 
-    Neighbouring axes join into one where the part has the inner one whole. The two innermost axes left
-    are the elements and the rows of a run; the rest are walked here.
+    Neighbouring axes join into one where the part has the inner one whole.
     """
     if 0 in lengths:
-        return
-    first, outer = first_run(shape, starts, lengths)
-    yield from repeat(first, outer)
+        return []
+    strides = row_major(shape)
+    return [join(lengths, strides)._replace(offset=sum(map(operator.mul, starts, strides)))]
 
 
-def strided_runs(offset: int, lengths: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[Run]:
+def strided_runs(offset: int, lengths: tuple[int, ...], strides: tuple[int, ...]) -> list[Run]:
     """The same for a part whose element i is the global element offset + sum(i * strides)."""
-    if 0 in lengths:
-        return
-    first, outer = join(lengths, strides)
-    yield from repeat(first._replace(offset=offset), outer)
-
-
-def repeat(first: Run, outer: list[tuple[int, int]]) -> Iterator[Run]:
-    if not outer:
-        yield first
-        return
-    for further in walk(outer):
-        yield Run(first.offset + further, *first[1:])
+    return [] if 0 in lengths else [join(lengths, strides)._replace(offset=offset)]
 
 
 @lru_cache(maxsize=256)  # tensors of one model share their shapes
-def first_run(
-    shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]
-) -> tuple[Run, list[tuple[int, int]]]:
-    """The first run of a part that is not empty, and the axes left, (length, stride), innermost first."""
-    strides = row_major(shape)
-    first, outer = join(lengths, strides)
-    return first._replace(offset=sum(map(operator.mul, starts, strides))), outer
-
-
-@lru_cache(maxsize=256)
-def join(lengths: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Run, list[tuple[int, int]]]:
+def join(lengths: tuple[int, ...], strides: tuple[int, ...]) -> Run:
     """That of a part at offset 0."""
     joined: list[tuple[int, int]] = []  # (length, stride), innermost first
     for count, stride in zip(lengths[::-1], strides[::-1], strict=True):
@@ -191,7 +174,7 @@ def join(lengths: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Run, list[
     if len(joined) == 1:
         joined.append((1, 0))
     (count, _), (rows, row_stride), *outer = joined
-    return Run(0, count, rows, row_stride), outer
+    return Run(0, count, rows, row_stride, tuple(outer))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,7 +185,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides[: len(shape)][::-1])
 
 
-def walk(axes: list[tuple[int, int]]) -> Iterator[int]:
+def walk(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
     """The places that these axes, (length, stride), innermost first, lead to, in row-major order."""
     if not axes:
         yield 0

@@ -11,7 +11,8 @@
  * with the numbers that gpuinit/distributions.py and gpuinit/exact.py work out. The file is compiled once for the
  * first two, which take one number, and where it is asked for once more with SHIFTED defined, for the others. One
  * kernel for all would take longer to compile and more registers. Each of both is compiled again, where it is asked
- * for, with KEY_IN_MEMORY defined: see the launch contract.
+ * for, with KEY_IN_MEMORY defined, see the launch contract, or with OUTER_AXES, for parts cut along more than two
+ * axes.
  *
  * Element to counter. One Philox4x32-10 block is four 32-bit words for the counter (block, stream):
  *     float32, float16, bfloat16   element i  <-  word i % 4 of block i / 4
@@ -20,10 +21,10 @@
  * no thread, no device.
  *
  * What is written. `rows` runs of `length` elements each, one after another in `out`; row r starts at global
- * element offset + r * row_stride. A packet is 16 bytes of the whole array, aligned in it (4, 8 or 2
- * elements); a thread makes one packet at a time and stores it at once where the row has it whole and `out`
- * has it aligned, else element by element. With KEY_IN_MEMORY the offset is the sum of `offset` and of the one
- * in memory.
+ * element offset + r * row_stride, or with OUTER_AXES where row_start says. A packet is 16 bytes of the whole
+ * array, aligned in it (4, 8 or 2 elements); a thread makes one packet at a time and stores it at once where the
+ * row has it whole and `out` has it aligned, else element by element. With KEY_IN_MEMORY the offset is the sum of
+ * `offset` and of the one in memory.
  *
  * Launch contract. The x dimension of grid and block walks the packets of a row, y the rows; blocks have at
  * most BLOCK_SIZE threads. Any grid and any block give the same bits. `key` is the number itself. With
@@ -105,6 +106,16 @@ typedef Numbers<double, long long> Numbers64;
 typedef const uint4 *Key; /* key and offset, the high word of each first */
 #else
 typedef uint64 Key;
+#endif
+
+/* Where rows start. With OUTER_AXES they are groups of rows_each, which start a stride apart along each of the
+ * outer axes, the innermost first. Axes that are not there have length 1. */
+#ifdef OUTER_AXES
+struct Strides {
+    uint64 row_stride, rows_each, length1, stride1, length2, stride2, length3, stride3, length4, stride4;
+};
+#else
+typedef uint64 Strides;
 #endif
 
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -501,6 +512,22 @@ static __device__ Row locate(const void *out, uint64 first, uint64 length, uint3
     return row;
 }
 
+/* How far row y starts from row 0. */
+static __device__ uint64 row_start(uint64 y, Strides s)
+{
+#ifdef OUTER_AXES
+    uint64 group = y / s.rows_each;
+    uint64 start = y % s.rows_each * s.row_stride + group % s.length1 * s.stride1;
+    group /= s.length1;
+    start += group % s.length2 * s.stride2;
+    group /= s.length2;
+    start += group % s.length3 * s.stride3;
+    return start + group / s.length3 % s.length4 * s.stride4;
+#else
+    return y * s;
+#endif
+}
+
 static __device__ uint64 thread_x() { return (uint64)blockIdx.x * blockDim.x + threadIdx.x; }
 static __device__ uint64 thread_y() { return (uint64)blockIdx.y * blockDim.y + threadIdx.y; }
 static __device__ uint64 threads_x() { return (uint64)gridDim.x * blockDim.x; }
@@ -549,7 +576,7 @@ static __device__ void store_part(Element *out, uint64 first, uint64 length, uin
 }
 
 template <auto packet, class Element, class Numbers>
-static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key given,
+static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 rows, Strides strides, Key given,
                             uint64 stream, uint32 distribution, Numbers n)
 {
 #ifdef KEY_IN_MEMORY
@@ -563,7 +590,7 @@ static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 r
     const uint32 blocks = sizeof(Element) == 2 ? 2 : 1;
     for (uint64 y = thread_y(); y < rows; y += threads_y()) {
         Element *row_out = out + y * length;
-        Row row = locate(row_out, offset + y * row_stride, length, lanes);
+        Row row = locate(row_out, offset + row_start(y, strides), length, lanes);
         Element *whole_out = row_out + (row.whole_from * lanes - row.phase);
         uint64 block = (row.first_packet + row.whole_from) * blocks;
         uint64 count = row.whole * blocks;
@@ -600,30 +627,40 @@ static __device__ void fill(Element *out, uint64 offset, uint64 length, uint64 r
 #define NUMBERS {scale}
 #endif
 
+#ifdef OUTER_AXES
+#define STRIDE_PARAMETERS                                                                                         \
+    uint64 row_stride, uint64 rows_each, uint64 length1, uint64 stride1, uint64 length2, uint64 stride2,          \
+        uint64 length3, uint64 stride3, uint64 length4, uint64 stride4
+#define STRIDES Strides{row_stride, rows_each, length1, stride1, length2, stride2, length3, stride3, length4, stride4}
+#else
+#define STRIDE_PARAMETERS uint64 row_stride
+#define STRIDES row_stride
+#endif
+
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
+    fill_float32(float *out, uint64 offset, uint64 length, uint64 rows, STRIDE_PARAMETERS, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_float32>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
+    fill<packet_float32>(out, offset, length, rows, STRIDES, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
+    fill_float16(uint16 *out, uint64 offset, uint64 length, uint64 rows, STRIDE_PARAMETERS, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_float16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
+    fill<packet_float16>(out, offset, length, rows, STRIDES, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
+    fill_bfloat16(uint16 *out, uint64 offset, uint64 length, uint64 rows, STRIDE_PARAMETERS, Key key, uint64 stream,
                   uint32 distribution, PARAMETERS(float, int))
 {
-    fill<packet_bfloat16>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers32 NUMBERS);
+    fill<packet_bfloat16>(out, offset, length, rows, STRIDES, key, stream, distribution, Numbers32 NUMBERS);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE)
-    fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, uint64 row_stride, Key key, uint64 stream,
+    fill_float64(double *out, uint64 offset, uint64 length, uint64 rows, STRIDE_PARAMETERS, Key key, uint64 stream,
                  uint32 distribution, PARAMETERS(double, long long))
 {
-    fill<packet_float64>(out, offset, length, rows, row_stride, key, stream, distribution, Numbers64 NUMBERS);
+    fill<packet_float64>(out, offset, length, rows, STRIDES, key, stream, distribution, Numbers64 NUMBERS);
 }

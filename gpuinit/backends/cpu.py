@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gpuinit import quantile
 from gpuinit.backends import Request
-from gpuinit.quantile import Array, Numbers
-from gpuinit.stream import Run
+from gpuinit.quantile import Array
+from gpuinit.stream import Run, walk
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -32,8 +33,12 @@ MOST_THREADS = SCRATCH_BYTES // (BYTES_PER_BLOCK * BLOCKS_ALONE)  # 9; with less
 ELEMENTS_PER_THREAD = 2**18  # fewer do not repay starting one
 
 # Scratch of small arrays is kept, as to make it takes longer than to fill an array of a few blocks.
-BLOCKS_KEPT = 2**10 + 2
+ELEMENTS_KEPT = 2**12
 MOST_KEPT = 8
+
+# Small groups of rows, where a part is cut along more than two axes, are made so many at once: where a group
+# starts takes 8 bytes.
+GROUPS_AT_ONCE = 2**15
 
 # The same for Numba's engine, which needs no scratch and lets go of the interpreter lock for a whole tile. A
 # tile of new memory is no smaller than a huge page of 2 MiB: threads that meet in one all clear it. Towards
@@ -53,11 +58,12 @@ compiled_kernels: set[tuple[np.dtype, int]] = set()  # dtypes and distributions 
 
 
 class Tile(NamedTuple):
-    """Rows of `out` that start at the same place of a Philox block, small enough for the scratch."""
+    """Rows of `out`, small enough for the scratch. Without groups all start at one place of a block."""
 
     out: Array  # (rows, columns)
-    first: int  # global element of out[0, 0]
-    row_stride: int  # a multiple of the elements of a block, unless there is one row
+    first: int  # global element of out[0, 0], but for what groups says
+    row_stride: int  # within a group; a multiple of the elements of a block, unless there is one row
+    groups: Array | None = None  # uint64: how much further each of so many groups of as many rows starts
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype, device: None) -> Array:
@@ -113,22 +119,22 @@ def numba_problem() -> str | None:
 
 def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
     global elements_made
-    key, stream, distribution, numbers = request
     sample_type = quantile.FLOAT64 if out.dtype.itemsize == 8 else quantile.FLOAT32
     lanes = 16 // sample_type.itemsize
-    threads = min(MOST_THREADS, out.size // ELEMENTS_PER_THREAD)
-    threads = max(1, min(thread_limit(), threads)) if threads > 1 else 1  # to ask takes a while
+    threads = max(1, min(MOST_THREADS, out.size // ELEMENTS_PER_THREAD))
+    if threads > 1 or "GPUINIT_NUM_THREADS" in os.environ:  # to ask for the cores takes a while
+        threads = min(thread_limit(), threads)
     most = BLOCKS_ALONE
     if threads > 1:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
-    blocks_at_once = min(most, out.size // lanes + 2)
+    blocks_at_once = min(most, out.size + 1)  # of single elements, each in a block of its own
 
     def work(mine: Iterator[Tile]) -> None:
-        memory = quantile.make_memory(blocks_at_once) if blocks_at_once > BLOCKS_KEPT else None
+        memory = None if out.size <= ELEMENTS_KEPT else quantile.make_memory(blocks_at_once)
         # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
         with np.errstate(all="ignore"):
             for tile in mine:
-                fill_tile(tile, sample_type, key, stream, distribution, numbers, memory)
+                fill_tile(tile, sample_type, request, memory)
 
     share(tiles(out, runs, lanes, lambda left: blocks_at_once), threads, work)
     elements_made += out.size
@@ -145,7 +151,8 @@ def fill_with_numba(out: Array, runs: Iterable[Run], request: Request) -> None:
 
     def work(mine: Iterator[Tile]) -> None:
         for tile in mine:
-            compiled_fill(tile.out, np.uint64(tile.first), np.uint64(tile.row_stride), *shared)
+            starts = np.array([tile.first], np.uint64) if tile.groups is None else tile.groups + tile.first
+            compiled_fill(tile.out, starts, np.uint64(tile.row_stride), *shared)
 
     def at_once(left: int) -> int:
         return min(COMPILED_ELEMENTS_AT_ONCE, max(COMPILED_LEAST_AT_ONCE, left // (2 * threads)))
@@ -219,19 +226,41 @@ def tiles(
         return blocks_at_once(left)
 
     for run in runs:
-        rows = out[position : position + run.rows * run.length].reshape(run.rows, run.length)
-        position += rows.size
-        if run.rows == 1 and run.length <= blocks_now() * lanes - run.offset % lanes:
-            left -= run.length
-            yield Tile(rows, run.offset, 0)
+        groups = prod(length for length, _ in run.outer)
+        part = out[position : position + groups * run.rows * run.length].reshape(-1, run.length)
+        position += part.size
+        if part.size <= blocks_now() and len(part) == 1:  # the shortest way for small arrays
+            left -= part.size
+            yield Tile(part, run.offset, 0)
             continue
-        # Rows that start at different places of a block are taken in turns of equal ones.
-        turns = 1 if run.row_stride % lanes == 0 else lanes
-        for turn in range(min(turns, run.rows)):
-            first = run.offset + turn * run.row_stride
-            for tile in cut(Tile(rows[turn::turns], first, run.row_stride * turns), lanes, blocks_now):
-                left -= tile.out.size
-                yield tile
+        at_once = blocks_now() // (run.rows * ((run.length + 2 * lanes - 2) // lanes)) if groups > 1 else 0
+        if at_once > 1:
+            step = min(at_once, GROUPS_AT_ONCE)
+            for done in range(0, groups, step):
+                several = places(run.outer, done, min(done + step, groups))
+                rows = part[done * run.rows :][: several.size * run.rows]
+                left -= rows.size
+                yield Tile(rows, run.offset, run.row_stride, several)
+            continue
+        for group, further in enumerate(walk(run.outer)):
+            rows = part[group * run.rows :][: run.rows]
+            # Rows that start at different places of a block are taken in turns of equal ones.
+            turns = 1 if run.row_stride % lanes == 0 else lanes
+            for turn in range(min(turns, run.rows)):
+                first = run.offset + further + turn * run.row_stride
+                for tile in cut(Tile(rows[turn::turns], first, run.row_stride * turns), lanes, blocks_now):
+                    left -= tile.out.size
+                    yield tile
+
+
+def places(axes: Sequence[tuple[int, int]], start: int, stop: int) -> Array:
+    """Those from start to stop of `walk`, uint64."""
+    number = np.arange(start, stop, dtype=np.uint64)
+    found = np.zeros(stop - start, np.uint64)
+    for length, stride in axes:
+        number, along = np.divmod(number, np.uint64(length))
+        found += along * np.uint64(stride)
+    return found
 
 
 def cut(tile: Tile, lanes: int, blocks_now: Callable[[], int]) -> Generator[Tile]:
@@ -259,32 +288,42 @@ def blocks_across(tile: Tile, lanes: int) -> int:
     return -(-int(tile.first % lanes + tile.out.shape[1]) // lanes)
 
 
-def fill_tile(
-    tile: Tile,
-    sample_type: np.dtype,
-    key: int,
-    stream: int,
-    distribution: int,
-    numbers: Numbers,
-    memory: Array | None,
+def fill_tile(tile: Tile, sample_type: np.dtype, request: Request, memory: Array | None) -> None:
+    lanes = 16 // sample_type.itemsize
+    rows, columns = tile.out.shape
+    if tile.groups is None:
+        first, phase = divmod(tile.first, lanes)
+        block = np.arange(first, first - (-(phase + columns) // lanes), dtype=np.uint64)
+        if rows > 1:
+            steps = np.arange(rows, dtype=np.uint64) * np.uint64(tile.row_stride // lanes)
+            block = (steps[:, None] + block).reshape(-1)
+        fill_rows(tile.out, block, phase, sample_type, request, memory)
+        return
+    steps = tile.first + np.arange(rows // len(tile.groups), dtype=np.uint64) * np.uint64(tile.row_stride)
+    firsts, phases = np.divmod((tile.groups[:, None] + steps).reshape(-1), np.uint64(lanes))
+    for phase in range(lanes):
+        chosen = np.flatnonzero(phases == phase)
+        if chosen.size:
+            block = firsts[chosen][:, None] + np.arange(-(-(phase + columns) // lanes), dtype=np.uint64)
+            made = np.empty((chosen.size, columns), tile.out.dtype)
+            fill_rows(made, block.reshape(-1), phase, sample_type, request, memory)
+            tile.out[chosen] = made
+
+
+def fill_rows(
+    out: Array, block: Array, phase: int, sample_type: np.dtype, request: Request, memory: Array | None
 ) -> None:
+    """Rows that each start at this lane of their first block, given all blocks of one row after another."""
+    key, stream, distribution, numbers = request
     lanes = 16 // sample_type.itemsize
     weights = quantile.weights64 if lanes == 2 else quantile.weights
-    rows, columns = tile.out.shape
-    across = blocks_across(tile, lanes)
-    first, phase = divmod(tile.first, lanes)
-    block = np.arange(first, first + across, dtype=np.uint64)
-    if rows > 1:
-        starts = np.arange(rows, dtype=np.uint64) * np.uint64(tile.row_stride // lanes)
-        block = (starts[:, None] + block).reshape(-1)
     scratch = take_scratch(block.size, sample_type, memory)
-    if tile.out.size == block.size * lanes and tile.out.dtype == sample_type and tile.out.flags.c_contiguous:
-        out = quantile.place(tile.out.reshape(-1, lanes))  # all that is made, so at once
-        weights(block, stream, key, distribution, numbers, scratch, out)
+    if out.size == block.size * lanes and out.dtype == sample_type and out.flags.c_contiguous:
+        target = quantile.place(out.reshape(-1, lanes))  # all that is made, so at once
+        weights(block, stream, key, distribution, numbers, scratch, target)
     else:
         weights(block, stream, key, distribution, numbers, scratch, scratch.placed)
-        made = scratch.weights.reshape(rows, across * lanes)
-        tile.out[...] = made[:, phase : phase + columns]
+        out[...] = scratch.weights.reshape(len(out), -1)[:, phase : phase + out.shape[1]]
     if memory is None:
         if len(kept) == MOST_KEPT:
             kept.clear()

@@ -6,8 +6,10 @@ type of its C parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
+from itertools import chain
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,15 @@ from gpuinit import devices
 from gpuinit.backends import Request
 from gpuinit.kernel_files import read
 from gpuinit.quantile import NORMAL
-from gpuinit.stream import Run
+from gpuinit.stream import Run, walk
 
 # --fmad=false: no product and sum become one operation, or the bits differ from NumPy's. The kernel spells
 # every operation as an intrinsic that is never fused; this guards what someone may add.
 OPTIONS = ("--fmad=false", "-std=c++17")
 
 OFFLINE_ARCHITECTURE = 80  # that every NVRTC of CUDA 12 and 13 knows
+
+OUTER_AXES = 4  # of a run that one launch walks along, as Strides in the kernel
 
 THREADS_PER_BLOCK = 256  # BLOCK_SIZE in the kernel
 MAX_GRID_Y = 65535
@@ -42,20 +46,32 @@ def fill(out: Any, runs: Iterable[Run], request: Request) -> None:
     shifted = distribution >= NORMAL
     position = 0
     with device:
-        if type(key) is int:
-            given: Any = uint64(key)
-            launch, most = kernel(dtype, shifted), resident_blocks(device.id, dtype, shifted)
-        else:  # an array, which the kernel reads when it runs
-            given = key
-            launch, most = kernel(dtype, shifted, True), resident_blocks(device.id, dtype, shifted, True)
+        # A key that is an array is read by the kernel when it runs.
+        given, in_memory = (uint64(key), False) if type(key) is int else (key, True)
         shared = (given, uint64(stream), np.uint32(distribution), *numbers)
-        for run in runs:
-            part, size = out, run.rows * run.length
+        for run, rows, strides in launches(runs):
+            part, size = out, rows * run.length
             if size < out.size:
                 part = out.reshape(-1)[position : position + size]
                 position += size
-            grid, block = launch_shape(run.length, run.rows, lanes, most)
-            launch(grid, block, (part, *map(uint64, run), *shared))
+            variant = dtype, shifted, in_memory, len(strides) > 1
+            grid, block = launch_shape(run.length, rows, lanes, resident_blocks(device.id, *variant))
+            numbers_of_run = map(uint64, (run.offset, run.length, rows, *strides))
+            kernel(*variant)(grid, block, (part, *numbers_of_run, *shared))
+
+
+def launches(runs: Iterable[Run]) -> Iterator[tuple[Run, int, tuple[int, ...]]]:
+    """Each with the rows that one launch makes, and the kernel's Strides."""
+    for run in runs:
+        if not run.outer:
+            yield run, run.rows, (run.row_stride,)
+            continue
+        inner, outer = run.outer[:OUTER_AXES], run.outer[OUTER_AXES:]
+        inner += ((1, 0),) * (OUTER_AXES - len(inner))
+        rows = run.rows * prod(length for length, _ in inner)
+        for further in walk(outer):  # once, but for parts of seven axes and more
+            at = run._replace(offset=run.offset + further)
+            yield at, rows, (run.row_stride, run.rows, *chain.from_iterable(inner))
 
 
 @lru_cache(maxsize=256)
@@ -73,11 +89,11 @@ uint64 = lru_cache(maxsize=256)(np.uint64)  # the same few numbers in call after
 
 
 @cache
-def kernel(dtype: str, shifted: bool = False, key_in_memory: bool = False) -> Any:
+def kernel(dtype: str, shifted: bool = False, key_in_memory: bool = False, outer_axes: bool = False) -> Any:
     """The kernel for a dtype. CuPy compiles a source once for a device, for all of them."""
     import cupy
 
-    return cupy.RawKernel(source(shifted, key_in_memory), f"fill_{dtype}", options=OPTIONS)
+    return cupy.RawKernel(source(shifted, key_in_memory, outer_axes), f"fill_{dtype}", options=OPTIONS)
 
 
 @cache
@@ -87,15 +103,14 @@ def name(dtype: np.dtype) -> str:
 
 
 @cache
-def resident_blocks(device: int, dtype: str, shifted: bool = False, key_in_memory: bool = False) -> int:
+def resident_blocks(device: int, *variant: Any) -> int:
     """How many blocks of the kernel the device, which is current, holds at once.
 
     Blocks do equal work: were the grid any larger, the last of them would leave the device half idle.
     """
     import cupy
 
-    # The one that `fill` has: by arguments that are written otherwise it would be another.
-    loaded = kernel(dtype, shifted, True) if key_in_memory else kernel(dtype, shifted)
+    loaded = kernel(*variant)
     try:
         loaded.compile()
     except Exception as error:  # of another compilation: devices.py has tried the first
@@ -111,14 +126,17 @@ def resident_blocks(device: int, dtype: str, shifted: bool = False, key_in_memor
 
 
 @cache
-def source(shifted: bool = False, key_in_memory: bool = False) -> str:
+def source(shifted: bool = False, key_in_memory: bool = False, outer_axes: bool = False) -> str:
     """kernels/fill.cu, for the distributions round 0, or for those that have more numbers and tables.
 
-    With the key as a number, or where the kernel finds it in the device's memory.
+    With the key as a number, or where the kernel finds it in the device's memory; for runs without outer axes
+    or with some.
     """
     code = read("fill.cu")
     if shifted:
         code = f"#define SHIFTED\n{read('normal_tables.cuh')}{code}"
+    if outer_axes:
+        code = f"#define OUTER_AXES\n{code}"
     return f"#define KEY_IN_MEMORY\n{code}" if key_in_memory else code
 
 
