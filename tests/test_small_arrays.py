@@ -94,7 +94,7 @@ def test_scratch_is_kept_for_few_sizes_of_small_arrays():
         gpuinit.he_normal((size,), seed=1)
         assert 1 <= len(cpu.kept) <= cpu.MOST_KEPT
     cpu.kept.clear()
-    gpuinit.he_normal((4 * cpu.BLOCKS_KEPT + 1,), seed=1)
+    gpuinit.he_normal((cpu.ELEMENTS_KEPT + 1,), seed=1)
     assert not cpu.kept
 
 
