@@ -16,6 +16,9 @@ integer or None once, as a constant, or in every run where they take more than 1
 run can neither be compiled by XLA (jit_compile=True) nor be loaded from a SavedModel by another process: draw
 outside of the function there. `torch.compile` breaks its graph at a draw.
 
+Import gpuinit.keras before a saved model that has these classes is loaded; without it Keras cannot interpret
+them, and says so. In what was saved when `class_name` was Keras's own, it would take its own in their place.
+
 The classes have Keras's lower-case names too, `he_normal` for `HeNormal`. Zeros, Ones and Constant are
 Keras's own; of the others of `keras.initializers`, Orthogonal, Identity and STFT are not offered,
 nor are `get` and its relatives, which know Keras's classes.
@@ -104,7 +107,16 @@ __all__ = [
     "zeros",
 ]
 
-register = keras.saving.register_keras_serializable(package="gpuinit")
+
+def register(kind: Any) -> Any:
+    """A class that Keras saves as "gpuinit>HeNormal", in both of the fields that it reads.
+
+    By `class_name`, which is `__name__`, it would find its own HeNormal where gpuinit.keras is not imported,
+    and take that in silence; a name that it does not know is an error. Pickle and repr use `__qualname__`.
+    """
+    kind = keras.saving.register_keras_serializable(package="gpuinit")(kind)
+    kind.__name__ = keras.saving.get_registered_name(kind)
+    return kind
 
 
 class Drawn:
@@ -614,7 +626,7 @@ def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any,
             std = find_draw(make, shape, draw=draw, seed=key, name=variable.path, dtype=dtype).std()
         elif isinstance(initializer, Zeros | Ones | Constant):
             std = 0.0
-    rule = "-" if initializer is None else type(initializer).__name__
+    rule = "-" if initializer is None else type(initializer).__qualname__.rpartition(".")[2]
     written = "whole" if initializer is not None else "not written" if owner.trainable else "frozen"
     return initializer, Row(variable.path, shape, dtype, rule, std, written)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import subprocess
 import sys
 import warnings
 from functools import partial
@@ -231,10 +233,18 @@ def configurations():
         again = ours.from_config(ours(seed=4).get_config())
         assert type(again) is type(again.clone()) is ours
         check(again((9, 4)), CORE[name], (9, 4), seed=4)
+        assert type(keras.initializers.get(ours)) is ours
+        assert type(keras.initializers.get(name)) is theirs  # a name alone is Keras's
+        assert pickle.loads(pickle.dumps(ours)) is ours
+        assert repr(ours).endswith(f"gpuinit.keras.{name}'>")
         saved = keras.saving.serialize_keras_object(ours(seed=4))
-        assert saved["registered_name"] == f"gpuinit>{name}"
-        assert type(keras.saving.deserialize_keras_object(saved)) is ours
-        assert type(keras.initializers.get(saved)) is type(keras.initializers.get(ours)) is ours
+        assert saved["class_name"] == saved["registered_name"] == f"gpuinit>{name}"
+        old = json.loads(OLD.replace("HeNormal", name))
+        short = {key: saved[key] for key in ("class_name", "config")}
+        for one in (saved, old | {"config": saved["config"]}, short):
+            for load in (keras.saving.deserialize_keras_object, keras.initializers.get):
+                assert type(load(one)) is ours
+                check(load(one)((9, 4)), CORE[name], (9, 4), seed=4)
     for name, theirs in vars(keras.initializers).items():
         if isinstance(theirs, type) and theirs.__name__ in (*FAMILY, "Zeros", "Ones", "Constant"):
             ours = getattr(gpuinit.keras, name)
@@ -242,6 +252,64 @@ def configurations():
             assert ours is (theirs if theirs.__name__ not in FAMILY else vars(gpuinit.keras)[theirs.__name__])
     generator = gpuinit.keras.HeNormal(keras.random.SeedGenerator(5))
     check(generator.clone()((9, 4)), gpuinit.he_normal, (9, 4), seed=5)
+
+
+# As saved before the class had a name of its own there; by that of Keras's it was taken for Keras's.
+OLD = """{"module": "gpuinit.keras", "class_name": "HeNormal", "config": {"seed": 11, "input_axes": null,
+"output_axes": null}, "registered_name": "gpuinit>HeNormal"}"""
+
+ELSEWHERE = """
+import json, sys
+import keras
+
+def load(path):
+    if not path.endswith("json"):
+        return keras.saving.load_model(path)
+    config = json.load(open(path))
+    if config["class_name"].startswith("gpuinit>"):
+        return keras.initializers.get(config)
+    return keras.models.model_from_json(json.dumps(config))
+
+for path in sys.argv[1:]:
+    try:
+        load(path)
+    except (TypeError, ValueError) as error:
+        assert "gpuinit>" in str(error), error
+    else:
+        raise AssertionError(path)
+    assert "gpuinit" not in sys.modules
+import gpuinit.keras
+for path in sys.argv[1:]:
+    load(path)
+"""
+
+
+def loaded_elsewhere():
+    """By a process that has not imported gpuinit.keras: an error, and never Keras's own initialiser."""
+    files = []
+
+    def save(name, text):
+        files.append(FOLDER / f"{BACKEND} {name}.json")
+        files[-1].write_text(text)
+
+    shared = gpuinit.keras.RandomNormal(seed=1)
+    for name in FAMILY:
+        save(name, json.dumps(keras.initializers.serialize(getattr(gpuinit.keras, name)(seed=4))))
+        dense = keras.layers.Dense(3, kernel_initializer=getattr(gpuinit.keras, name)(seed=4))
+        model = keras.Sequential([keras.Input((2,)), dense], name=name)
+        save(f"model of {name}", model.to_json())
+    cell = keras.layers.LSTM(3, recurrent_initializer=shared, return_sequences=True)
+    wrapped = keras.Sequential([keras.Input((4, 2)), keras.layers.TimeDistributed(model), cell])
+    wrapped = keras.Sequential(
+        [wrapped, keras.layers.Bidirectional(keras.layers.GRU(3, "tanh", bias_initializer=shared))]
+    )
+    for suffix in ("keras", "h5"):
+        files.append(FOLDER / f"{BACKEND} wrapped.{suffix}")
+        wrapped.save(files[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def fans():
@@ -835,7 +903,7 @@ def traced():
             TRACED[BACKEND]()
 
 
-MODELS = (saved_model, whole_model, recurrent, other_layers, frozen, checked_before)
+MODELS = (saved_model, loaded_elsewhere, whole_model, recurrent, other_layers, frozen, checked_before)
 for test in (memory, bits, draws, numbers, meaning, seeds, configurations, fans, *MODELS, elsewhere, traced):
     test()
 print("equal")
