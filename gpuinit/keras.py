@@ -28,10 +28,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
+from operator import itemgetter
 from types import FunctionType
 from typing import Any, SupportsIndex
 
@@ -62,6 +64,7 @@ from gpuinit.fans import DEFAULT_AXES, fans
 from gpuinit.initializers import DTYPES, find_draw, make, parse_dtype
 from gpuinit.memory import empty_aligned
 from gpuinit.rules import (
+    NAMES_SHOWN,
     Report,
     Row,
     Rule,
@@ -546,6 +549,11 @@ def initialize(
     the layers and the model, or call `keras.utils.clear_session()` before building it, where a second model
     of one process shall start like the first.
 
+    Where weights share a path, as do those of two models of one architecture inside the model, the name of
+    each is its path after the names of the layers that hold its own: "left//conv/kernel". What Keras has
+    made up among these, "functional_7", counts as "functional[0]", by its place among such in the graph, and
+    as "functional" in a layer that has no graph. A rule may have either, the path or the name.
+
     The default rules are `DEFAULT_RULES`:
 
         Dense, EinsumDense, Conv, ...   kernel He-normal, bias 0
@@ -571,10 +579,11 @@ def initialize(
             of the caller fits them that says more than "*".
 
     Returns:
-        A row for every weight: path, shape, dtype, rule and standard deviation; `print` shows a table.
+        A row for every weight: name, shape, dtype, rule and standard deviation; `print` shows a table.
 
     Raises:
         ValueError: No rule covers a trainable weight, and strict.
+        ValueError: Weights to be drawn share a path, and the names of the layers that hold theirs too.
         TypeError, ValueError: An initialiser of this module cannot draw a weight, or what a rule has is none.
             Nothing is written in either case; only one from elsewhere that fails does so when called.
     """
@@ -595,45 +604,111 @@ def fill_model(model: Any, seed: SupportsIndex, rules: Sequence[Rule] | None, st
     for layer in sorted(model._flatten_layers(), key=lambda layer: -len(layer._flatten_layers())):
         owners.update({id(variable): layer for variable in layer.weights})
     naming = spare_frozen(chosen, DEFAULT_RULES)
+    names = names_of(model, owners)
     plan = []
     for variable in model.weights:
-        owner = owners[id(variable)]
-        plan.append((variable, *choose(chosen if owner.trainable else naming, owner, variable, key)))
+        owner, name = owners[id(variable)], names[id(variable)]
+        plan.append((variable, *choose(chosen if owner.trainable else naming, owner, variable, name, key)))
     if strict:
         refuse_uncovered(
             [
-                Uncovered(variable.path, row.shape, type(owners[id(variable)]).__name__)
+                Uncovered(row.name, row.shape, type(owners[id(variable)]).__name__)
                 for variable, initializer, row in plan
                 if row.written == "not written" and variable.trainable
             ]
         )
+    refuse_equal([row.name for _, initializer, row in plan if isinstance(initializer, Drawn)])
     for variable, initializer, row in plan:
         fill(variable, initializer, row, key)
     return Report([row for _, _, row in plan])
 
 
-def choose(rules: list[Rule], owner: Any, variable: Any, key: int) -> tuple[Any, Row]:
+def names_of(model: Any, owners: dict[int, Any]) -> dict[int, str]:
+    """The name of each variable, by its id: its path, if that is shared after the layers around its own."""
+    count = Counter(variable.path for variable in model.weights)
+    places = places_of(model) if len(count) < len(model.weights) else {}
+    names = {}
+    for variable in model.weights:
+        place = places[id(owners[id(variable)])] if count[variable.path] > 1 else ""
+        names[id(variable)] = f"{place}/{variable.path}" if place else variable.path
+    return names
+
+
+def places_of(model: Any) -> dict[int, str]:
+    """The names of the layers around each, "left/block/", by its id; the shortest of its ways down."""
+    places, level = {id(model): ""}, [("", model)]
+    while level:
+        below = [
+            (f"{place}{name}/", place, layer) for place, outer in level for name, layer in named_layers(outer)
+        ]
+        level = []
+        for inside, place, layer in sorted(below, key=itemgetter(0)):
+            if id(layer) not in places:
+                places[id(layer)] = place
+                level.append((inside, layer))
+    return places
+
+
+def named_layers(outer: Any) -> list[tuple[str, Any]]:
+    """The layers right inside of one, each with its name.
+
+    The number in a name that Keras has made up counts what the process has built. In its place is the
+    position in the graph, among those of the class, if there is a graph: the order of attributes is none.
+    """
+    graph = outer.layers if isinstance(outer, keras.Function | keras.Sequential) else []
+    named, count = [], Counter[str]()
+    for layer in graph:
+        kind = kind_of(layer)
+        named.append((f"{kind}[{count[kind]}]" if kind else layer.name, layer))
+        count[kind] += 1
+    in_graph = {id(layer) for layer in graph}
+    return named + [
+        (kind_of(layer) or layer.name, layer) for layer in outer._layers if id(layer) not in in_graph
+    ]
+
+
+def kind_of(layer: Any) -> str:
+    """Its name without the number, "dense" for "dense_7", if Keras has made it up; else empty."""
+    from keras.src.utils.naming import to_snake_case
+
+    kind: str = to_snake_case(type(layer).__name__)
+    return kind if re.fullmatch(rf"{kind}(_\d+)?", layer.name) else ""
+
+
+def refuse_equal(names: list[str]) -> None:
+    """Raise where weights that are drawn have one name."""
+    found = [f"{count} named {name}" for name, count in Counter(names).items() if count > 1]
+    if found:
+        more = [f"and {len(found) - NAMES_SHOWN} more"] if len(found) > NAMES_SHOWN else []
+        raise ValueError(
+            "model must have a name for each weight, as equal names give equal weights; name the weights or "
+            "the layers that hold them apart (names like those that Keras makes up, dense_1, do not count), "
+            f"or initialize the layers one by one, a seed each, got {', '.join(found[:NAMES_SHOWN] + more)}"
+        )
+
+
+def choose(rules: list[Rule], owner: Any, variable: Any, name: str, key: int) -> tuple[Any, Row]:
     """The initialiser of one variable, or None, and its row. What can be checked is, and nothing is made."""
     shape, dtype = tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype)
     std = None
-    with noting(f"This is variable {variable.path}."):
-        initializer = find_rule(rules, owner, variable.path)
+    with noting(f"This is variable {name}."):
+        initializer = find_rule(rules, owner, *dict.fromkeys((variable.path, name)))
         if isinstance(initializer, FunctionType):
             initializer = initializer(owner)
         initializer = initializers.get(initializer)
         if isinstance(initializer, Drawn):
             draw = initializer.draw(shape)
-            std = find_draw(make, shape, draw=draw, seed=key, name=variable.path, dtype=dtype).std()
+            std = find_draw(make, shape, draw=draw, seed=key, name=name, dtype=dtype).std()
         elif isinstance(initializer, Zeros | Ones | Constant):
             std = 0.0
     rule = "-" if initializer is None else type(initializer).__qualname__.rpartition(".")[2]
     written = "whole" if initializer is not None else "not written" if owner.trainable else "frozen"
-    return initializer, Row(variable.path, shape, dtype, rule, std, written)
+    return initializer, Row(name, shape, dtype, rule, std, written)
 
 
 def fill(variable: Any, initializer: Any, row: Row, key: int) -> None:
     layout, place = place_of(variable)
-    with noting(f"This is variable {variable.path}."), place:
+    with noting(f"This is variable {row.name}."), place:
         if isinstance(initializer, Drawn):
             variable.assign(initializer.named(row.shape, row.dtype, layout, key, row.name))
         elif initializer is not None:

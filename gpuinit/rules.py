@@ -91,11 +91,12 @@ def parse_rules(rules: Sequence[Rule]) -> list[Rule]:
     return pairs
 
 
-def find_rule(rules: list[Rule], owner: Any, name: str) -> Any:
-    """The initialiser of the first rule that fits, or None."""
+def find_rule(rules: list[Rule], owner: Any, *names: str) -> Any:
+    """The initialiser of the first rule that fits one of the names, or None."""
     for pattern, initializer in rules:
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(owner, name):
-            return initializer
+        for name in names:
+            if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(owner, name):
+                return initializer
     return None
 
 

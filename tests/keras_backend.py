@@ -571,6 +571,136 @@ def frozen():
     assert contents(base)[1:] == before[1:]
 
 
+def tower(name=None, inner=None):
+    """A model whose layers do not know that they are in it."""
+    ends = keras.Input((6,))
+    x = keras.layers.Dense(6, name="proj")(ends if inner is None else inner(ends))
+    return keras.Model(ends, x, name=name)
+
+
+def beside(*towers):
+    ends = [keras.Input((6,)) for _ in towers]
+    x = keras.layers.Add()([one(end) for one, end in zip(towers, ends, strict=True)])
+    return keras.Model(ends, keras.layers.Dense(3, name="head")(x))
+
+
+class Held(keras.Model):
+    """Layers as attributes, in this order."""
+
+    def __init__(self, **held):
+        super().__init__(name="held")
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def build(self, shape):
+        for layer in self._flatten_layers(include_self=False):
+            if not layer.built:
+                layer.build(shape)
+
+
+class Many(keras.layers.Layer):
+    def __init__(self, names):
+        super().__init__(name="many")
+        self.held = [self.add_weight(shape=(6, 6), name=name) for name in names]
+
+
+def kernels(layer, seed=5):
+    """By name, as `initialize` makes them."""
+    soil(layer)
+    report = gpuinit.keras.initialize(layer, seed)
+    pairs = zip(report, layer.weights, strict=True)
+    found = {row.name: weight for row, weight in pairs if row.std}
+    for name, weight in found.items():
+        check(weight.value, gpuinit.he_normal, tuple(weight.shape), seed=seed, name=name)
+    assert len({as_numpy(weight.value).tobytes() for weight in found.values()}) == len(found)
+    return {name: as_numpy(weight.value).tobytes() for name, weight in found.items()}
+
+
+def shared_paths():
+    """Weights of one path are told apart by the layers that hold them, or refused; others keep theirs."""
+    model = beside(tower("left"), tower("right"))
+    assert [weight.path for weight in model.weights[::2]] == ["proj/kernel", "proj/kernel", "head/kernel"]
+    named = kernels(model)
+    assert [*named] == ["left//proj/kernel", "right//proj/kernel", "head/kernel"]
+    right, left = tower("right"), tower("left")
+    assert kernels(beside(left, right)) == kernels(beside(right, left)) == named
+    assert kernels(beside(tower("middle"), right, tower("left"))).items() > named.items()
+    only = keras.layers.Dense(6, name="only")  # whose path is that of no other
+    assert "only/kernel" in kernels(beside(tower("left", only), tower("right")))
+    for held in (Held(a=tower("left"), b=tower("right")), Held(b=tower("right"), a=[tower("left")])):
+        held.build((None, 6))
+        assert kernels(held).items() < named.items()
+
+    unnamed = kernels(beside(tower(), tower()))  # whatever numbers Keras gives them
+    assert [*unnamed] == ["functional[0]//proj/kernel", "functional[1]//proj/kernel", "head/kernel"]
+    second, _, first = tower(), keras.layers.Dense(3), tower()
+    model = beside(first, second)
+    assert kernels(model) == unnamed
+    model.save(FOLDER / f"{BACKEND} towers.keras")
+    assert kernels(keras.saving.load_model(FOLDER / f"{BACKEND} towers.keras")) == unnamed
+    assert kernels(keras.models.clone_model(model)) == unnamed
+
+    deep = beside(tower("left", tower("inner")), tower("right", tower("inner", tower("inner"))))
+    assert [*kernels(deep)] == [
+        *("left/inner//proj/kernel", "left//proj/kernel"),
+        *("right/inner/inner//proj/kernel", "right/inner//proj/kernel", "right//proj/kernel"),
+        "head/kernel",
+    ]
+    wrap, distributed = tower("left"), keras.layers.TimeDistributed(tower("left"), name="wrap")
+    ends = keras.Input((4, 6))
+    x = keras.layers.Concatenate()([distributed(ends), keras.layers.TimeDistributed(wrap)(ends)])
+    wrapped = kernels(keras.Model(ends, x))
+    assert [*wrapped] == ["wrap/left//proj/kernel", "time_distributed[0]/left//proj/kernel"]
+    inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="d")], name="s")
+    nested = keras.Sequential([keras.Input((6,)), inner, keras.layers.Dense(6, name="d")], name="s")
+    assert [*kernels(nested)] == ["s//s/d/kernel", "s/d/kernel"]
+
+    shared = keras.layers.Dense(6, name="proj")  # the first ways to it are equally long
+    ends = keras.Input((6,))
+    for names in ("ab", "ba"):
+        made = [keras.Model(ends, shared(ends), name=name) for name in names]
+        ways = kernels(beside(*made, tower("c")))
+        assert [*ways] == ["a//proj/kernel", "c//proj/kernel", "head/kernel"]
+    assert [*kernels(beside(*made))] == ["proj/kernel", "head/kernel"]
+
+    dense = keras.layers.Dense(6, name="proj")
+    lists = Held(blocks=[keras.layers.Dense(6, name="proj") for _ in range(3)])
+    dicts = Held(blocks={name: keras.layers.Dense(6, name="proj") for name in "ab"})
+    equal_towers = Held(a=tower("tower"), b=tower("tower"))
+    numbered = Held(a=tower(), b=tower())
+    remade = Held(blocks=[dense])
+    shown = ", ".join(f"2 named many/{name}" for name in "vwabc")
+    remade.blocks = [keras.layers.Dense(6, name="proj")]
+    for held, names in (
+        (lists, "3 named held/proj/kernel"),
+        (dicts, "2 named held/proj/kernel"),
+        (remade, "2 named held/proj/kernel"),
+        (equal_towers, "2 named tower//proj/kernel"),
+        (numbered, "2 named functional//proj/kernel"),
+        (Held(a=Many("vwvv")), "3 named many/v"),
+        (Held(a=Many("vwabcde"), b=Many("abcwdev")), f"{shown}, and 2 more"),
+    ):
+        held.build((None, 6))
+        soil(held)
+        before = contents(held)
+        rules = [("many/*", gpuinit.keras.HeNormal()), *gpuinit.keras.DEFAULT_RULES]
+        message = "model must have a name for each weight, as equal names give equal weights; name the"
+        with pytest.raises(ValueError, match=re.escape(message) + ".*, got " + re.escape(names)):
+            gpuinit.keras.initialize(held, 5, rules)
+        assert contents(held) == before
+        gpuinit.keras.initialize(held, 5, [("*", "zeros")])  # nothing is drawn by a name
+    equal_towers.a.name = "other"
+    assert [*kernels(equal_towers)] == ["other//proj/kernel", "tower//proj/kernel"]
+    lists.blocks[0].trainable = lists.blocks[1].trainable = False
+    gpuinit.keras.initialize(lists, 5)
+    check(lists.blocks[2].kernel.value, gpuinit.he_normal, (6, 6), seed=5, name="held/proj/kernel")
+
+    for pattern, count in (("proj/kernel", 2), ("left//proj/kernel", 1), ("right//*", 1), ("*/kernel", 3)):
+        model = beside(tower("left"), tower("right"))
+        report = gpuinit.keras.initialize(model, 5, [(pattern, "zeros"), *gpuinit.keras.DEFAULT_RULES])
+        assert [row.rule for row in report[::2]].count("Zeros") == count, pattern
+
+
 def checked_before():
     """What cannot be drawn is refused before anything is written, and the error says which variable."""
     layers = keras.layers
@@ -903,7 +1033,16 @@ def traced():
             TRACED[BACKEND]()
 
 
-MODELS = (saved_model, loaded_elsewhere, whole_model, recurrent, other_layers, frozen, checked_before)
+MODELS = (
+    saved_model,
+    loaded_elsewhere,
+    whole_model,
+    recurrent,
+    other_layers,
+    frozen,
+    shared_paths,
+    checked_before,
+)
 for test in (memory, bits, draws, numbers, meaning, seeds, configurations, fans, *MODELS, elsewhere, traced):
     test()
 print("equal")
