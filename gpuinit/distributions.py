@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpuinit import quantile
-from gpuinit.quantile import Numbers
+from gpuinit.quantile import Array, Numbers
 
 # Standard deviation of the unit normal truncated at +-2: sqrt(1 - 4*phi(2) / (2*Phi(2) - 1)), where phi and
 # Phi are the normal density and distribution function. tests/test_fans.py derives it. Keras and JAX divide
@@ -48,6 +48,10 @@ class Normal(NamedTuple):
         first, last = (0 if math.isinf(x) else x * y for x, y in zip(self[2:4], peaks, strict=True))
         return self.stddev * math.sqrt(max(0, 1 + first - last - mean * mean))
 
+    def is_constant(self) -> bool:
+        """Whether all weights were asked to be one number."""
+        return self.source[1] == 0 or self.lower == self.upper
+
 
 class Uniform(NamedTuple):
     """Uniform in [low, high]."""
@@ -60,24 +64,35 @@ class Uniform(NamedTuple):
         """The standard deviation of the weights."""
         return self.high / math.sqrt(12) - self.low / math.sqrt(12)
 
+    def is_constant(self) -> bool:
+        """Whether all weights were asked to be one number."""
+        return self.low == self.high == self.source[1]
+
 
 Draw = Normal | Uniform
 
 
 def truncated_normal(scale: float, fan: float) -> Draw:
     """Cut at two standard deviations, with variance scale / fan after that."""
-    return Normal(math.sqrt(scale / fan) / TRUNCATED_STD, 0.0, -2.0, 2.0, ("scale", scale))
+    return Normal(root(scale, fan) / TRUNCATED_STD, 0.0, -2.0, 2.0, ("scale", scale))
 
 
 def untruncated_normal(scale: float, fan: float) -> Draw:
     """With variance scale / fan."""
-    return Normal(math.sqrt(scale / fan), 0.0, -math.inf, math.inf, ("scale", scale))
+    return Normal(root(scale, fan), 0.0, -math.inf, math.inf, ("scale", scale))
 
 
 def uniform(scale: float, fan: float) -> Draw:
     """Round 0, with variance scale / fan."""
-    limit = math.sqrt(3 * scale / fan)
+    limit = root(scale, fan, 3)
     return Uniform(-limit, limit, ("scale", scale))
+
+
+def root(scale: float, fan: float, factor: int = 1) -> float:
+    """sqrt(factor * scale / fan), scale > 0, with nothing on the way too large or too small for a float."""
+    mantissa, exponent = math.frexp(scale)
+    odd = exponent % 2
+    return math.ldexp(math.sqrt(factor * math.ldexp(mantissa, odd) / fan), (exponent - odd) // 2)
 
 
 DISTRIBUTIONS: dict[str, Callable[[float, float], Draw]] = {
@@ -214,6 +229,8 @@ def parse_number(argument: str, value: Any, least: float | None = None, finite: 
         raise TypeError(f"{wanted} that is known now, got {value!r}") from None
     if math.isnan(number) or (finite and math.isinf(number)) or (least is not None and number < least):
         raise ValueError(f"{wanted}, got {value!r}")
+    if number == 0 and value != 0:  # a fraction, say
+        raise ValueError(f"{wanted} that float64 does not round to 0, got {value!r}")
     return number
 
 
@@ -231,12 +248,14 @@ def find_sampling(draw: Draw, dtype: np.dtype) -> tuple[int, Numbers]:
     """The sampler's distribution and numbers: of float64 for float64, else of float32.
 
     Raises:
-        ValueError: A weight could be infinite in the dtype.
+        ValueError: A weight could be infinite in the dtype, or all are 0 and were not asked to be. Beside a
+            mean that is not 0 a spread may vanish: each weight is right to its last digit then.
     """
     kind = np.float64 if dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         distribution, numbers, furthest = sampling(draw, kind)
-        if not np.isfinite(np.asarray(furthest).astype(dtype)).all():
+        ends = np.asarray(furthest).astype(dtype)
+        if not np.isfinite(ends).all():
             argument, value = draw.source
             if isinstance(draw, Normal) and abs(draw.mean) > draw.stddev:
                 argument, value = "mean", draw.mean
@@ -245,19 +264,30 @@ def find_sampling(draw: Draw, dtype: np.dtype) -> tuple[int, Numbers]:
             raise ValueError(
                 f"{argument} must leave the weights finite in {dtype.name}, got {argument} {value!r}"
             )
+        if not ends.any() and not draw.is_constant():
+            argument, value = draw.source
+            if isinstance(draw, Normal) and max(abs(draw.lower), abs(draw.upper)) < draw.stddev:
+                is_lower = abs(draw.lower) > abs(draw.upper)
+                argument, value = ("lower", draw.lower) if is_lower else ("upper", draw.upper)
+            least = float(np.nextafter(dtype.type(0), dtype.type(1)))
+            raise ValueError(
+                f"{argument} must leave weights other than 0 in {dtype.name}, whose least is {least:.2g}, "
+                f"got {argument} {value!r}"
+            )
     return distribution, numbers
 
 
-def sampling(draw: Draw, kind: Any) -> tuple[int, Numbers, Sequence[Any]]:
+def sampling(draw: Draw, kind: Any) -> tuple[int, Numbers, Sequence[Any] | Array]:
     """The same, and the outermost weights, or what is infinite on the way there."""
+    # Where these limits are 0, a product with a negative sample would be -0.0: the sum with a mean is not.
     if isinstance(draw, Uniform):
-        if draw.low == -draw.high:
+        if draw.low == -draw.high and draw.high > 0:
             limit = kind(draw.high)
             return quantile.UNIFORM, (limit,), (limit,)
-    elif draw[1:4] == (0, -2, 2):
+    elif draw[1:4] == (0, -2, 2) and draw.stddev > 0:
         limit = kind(draw.stddev) * kind(2)
         return quantile.TRUNCATED_NORMAL, (limit,), (limit,)
-    found: tuple[int, Numbers, Sequence[Any]] = exact().sampling(draw, kind)
+    found: tuple[int, Numbers, Array] = exact().sampling(draw, kind)
     return found
 
 

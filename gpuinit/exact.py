@@ -7,7 +7,6 @@ needed, as fractions take a while to import.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
@@ -17,7 +16,7 @@ import numpy as np
 
 from gpuinit import quantile
 from gpuinit.distributions import Normal, Uniform
-from gpuinit.quantile import Numbers
+from gpuinit.quantile import Array, Numbers
 
 # The largest magnitude of the untruncated normal, in float32 and in float64: that of the most negative word.
 # Bounds beyond it cut nothing. tests/test_normal.py takes them from the samplers.
@@ -83,40 +82,48 @@ def probability_within(x: float) -> Fraction:
         return 1 - Fraction(density / fraction)
 
 
-def sampling(draw: Normal | Uniform, kind: Any) -> tuple[int, Numbers, Sequence[Any]]:
+def sampling(draw: Normal | Uniform, kind: Any) -> tuple[int, Numbers, Array]:
     """The sampler's distribution, its numbers, and the outermost weights or what is infinite on the way."""
     return uniform_sampling(draw, kind) if isinstance(draw, Uniform) else normal_sampling(draw, kind)
 
 
-def uniform_sampling(draw: Uniform, kind: Any) -> tuple[int, Numbers, Sequence[Any]]:
+def uniform_sampling(draw: Uniform, kind: Any) -> tuple[int, Numbers, Array]:
     low, high = Fraction(draw.low), Fraction(draw.high)
     scale, centre = nearest((high - low) / 2, kind), nearest((low + high) / 2, kind)
-    numbers = scale, centre, *bounds_inwards(low, high, kind)
-    ends = kind(draw.low), kind(draw.high)
-    return quantile.UNIFORM_BETWEEN, pad(numbers, kind), ends if np.isfinite(scale) else [scale]
+    numbers = pad((scale, centre, *bounds_inwards(low, high, kind)), kind)
+    return quantile.UNIFORM_BETWEEN, numbers, outermost(np.array([-1, 1], kind), numbers, low, high)
 
 
-def normal_sampling(draw: Normal, kind: Any) -> tuple[int, Numbers, Sequence[Any]]:
+def normal_sampling(draw: Normal, kind: Any) -> tuple[int, Numbers, Array]:
     stddev, mean, lower, upper, _ = draw
     centre = Fraction(mean)
     if lower == upper:
         stddev, centre = 0.0, centre + Fraction(lower) * Fraction(stddev)
     numbers = scale, middle = kind(stddev), nearest(centre, kind)
-    is_cut = stddev > 0 and not (lower <= -REACH[kind] and upper >= REACH[kind])
-    # Beyond it lies no sample, as float64 reaches the tail of 2**-64.
-    far = REACH[np.float64 if is_cut else kind]
-    products = [kind(max(-far, min(bound, far))) * scale for bound in (lower, upper)]
-    ends = [middle + product for product in products]
-    if not is_cut:
-        return quantile.NORMAL, pad(numbers, kind), ends
-    bounds = bounds_inwards(at(lower, stddev, mean), at(upper, stddev, mean), kind)
-    for i, bound in enumerate((lower, upper)):
-        if abs(bound) < far:
-            ends[i] = bounds[i]
+    scratch = quantile.normal_scratch(quantile.make_scratch(quantile.make_memory(1), 1, kind))
+    words = np.iinfo(scratch.word.dtype)
+    scratch.word[0::2], scratch.word[1::2] = words.min, words.max
+    if stddev == 0 or (lower <= -REACH[kind] and upper >= REACH[kind]):
+        return quantile.NORMAL, pad(numbers, kind), quantile.normal(scratch)[:2] * scale + middle
+    low, high = at(lower, stddev, mean), at(upper, stddev, mean)
+    bounds = bounds_inwards(low, high, kind)
     if upper <= 0:  # words count from the mean, or from the bound that is nearer to it
         lower, upper, scale = -upper, -lower, -scale
     numbers = scale, middle, *bounds, *between_numbers(lower, upper, kind)
-    return quantile.NORMAL_BETWEEN, numbers, ends if np.isfinite(products).all() else products
+    samples = quantile.normal_between(numbers, scratch)[:2]
+    return quantile.NORMAL_BETWEEN, numbers, outermost(samples, numbers, low, high)
+
+
+def outermost(samples: Array, numbers: Numbers, low: Fraction | float, high: Fraction | float) -> Array:
+    """The weights of the outermost samples, or what is infinite on the way there."""
+    scale, middle, *bounds = numbers[:4]
+    products: Array = samples * scale
+    weights = products + middle
+    ends: Array = np.clip(weights, rounded(low, type(scale)), rounded(high, type(scale)))
+    for found in (products, ends):
+        if not np.isfinite(found).all():
+            return found
+    return ends.clip(*bounds)
 
 
 def at(bound: float, stddev: float, mean: float) -> Fraction | float:
@@ -152,9 +159,14 @@ def nearest(number: Fraction, kind: Any) -> Any:
         return kind(math.inf if number > 0 else -math.inf)
 
 
+def rounded(end: Fraction | float, kind: Any) -> Any:
+    """The same of an end, which may be infinite."""
+    return kind(end) if isinstance(end, float) else nearest(end, kind)
+
+
 def bounds_inwards(low: Fraction | float, high: Fraction | float, kind: Any) -> tuple[Any, Any]:
     """The outermost numbers of the type between two; where there is none, the one nearest to their middle."""
-    ends = [kind(end) if isinstance(end, float) else nearest(end, kind) for end in (low, high)]
+    ends = [rounded(end, kind) for end in (low, high)]
     if float(ends[0]) < low:
         ends[0] = np.nextafter(ends[0], kind(math.inf))
     if float(ends[1]) > high:

@@ -92,7 +92,8 @@ def he_normal(
         `numpy.ndarray` or `cupy.ndarray`, C-ordered, on the device; or `out`.
 
     Raises:
-        TypeError, ValueError: An argument that cannot be used, before anything is made or written.
+        TypeError, ValueError: An argument that cannot be used, before anything is made or written. So is a
+            width with which a weight could be infinite in the dtype, or every weight would be 0.
         RuntimeError: `out` is on a CUDA device and CUDA cannot be used.
 
     References:
@@ -282,7 +283,8 @@ def normal(
     The largest z is 6.34 in float32, where a weight comes of 32 random bits, and 9.16 in float64.
 
     Args:
-        stddev: A finite number >= 0, or a 0-d array of any library; the default is Keras's.
+        stddev: A finite number >= 0, or a 0-d array of any library; the default is Keras's. Where it is 0, or
+            so small that the dtype has no other number between, all weights are the mean.
         mean: A finite number, likewise.
 
     The other arguments, the result and the errors are those of `he_normal`.
@@ -435,7 +437,7 @@ def parse_dtype(dtype: npt.DTypeLike) -> np.dtype:
     wanted = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
     try:
         parsed = np.dtype(dtype)
-    except (TypeError, ValueError):
+    except Exception:  # it evaluates parts of strings, as that of "(1,", and what an object has as its dtype
         raise TypeError(wanted) from None
     if parsed not in DTYPES.values():
         raise ValueError(wanted)

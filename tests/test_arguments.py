@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import math
+import random
 import re
+from fractions import Fraction
 from functools import partial
 
 import ml_dtypes
@@ -14,7 +16,7 @@ import pytest
 import gpuinit
 from gpuinit import distributions
 from gpuinit.backends import cpu, cuda
-from gpuinit.initializers import DTYPES, find_draw
+from gpuinit.initializers import DTYPES, find_draw, parse_dtype
 from gpuinit.stream import parse_seed
 
 SHAPE = "shape must be an integer or a sequence of integers >= 0, got "
@@ -27,6 +29,23 @@ FINITE = "must be a finite number, got "
 BOUNDS = "lower and upper must "
 FORMS = "uniform must be given one limit, or low and high, got "
 WEIGHTS = "must leave the weights finite in "
+NOT_ALL_0 = "must leave weights other than 0 in "
+LEAST = {"float32": "1.4e-45", "float16": "6e-08", "bfloat16": "9.2e-41", "float64": "4.9e-324"}
+
+
+class Dtyped:
+    """What has a dtype that cannot be asked for."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    @property
+    def dtype(self) -> None:
+        raise self.error
+
+    def __repr__(self) -> str:
+        return "Dtyped()"
+
 
 BAD = [
     # shape
@@ -67,6 +86,19 @@ BAD = [
     ({"dtype": 3}, TypeError, DTYPE + "3"),
     ({"dtype": "3000000000f4"}, TypeError, DTYPE + "'3000000000f4'"),
     ({"dtype": complex}, ValueError, DTYPE + "<class 'complex'>"),
+    ({"dtype": "(1,"}, TypeError, DTYPE + "'(1,'"),  # parts of it are evaluated, as Python
+    ({"dtype": "i4,,f4"}, TypeError, DTYPE + "'i4,,f4'"),
+    ({"dtype": "01f4"}, TypeError, DTYPE + "'01f4'"),
+    ({"dtype": b"(1,"}, TypeError, DTYPE + "b'(1,'"),
+    ({"dtype": [("a", "(1,")]}, TypeError, DTYPE + "[('a', '(1,')]"),
+    ({"dtype": ("(1,", 1)}, TypeError, DTYPE + "('(1,', 1)"),
+    (
+        {"dtype": {"names": ["a"], "formats": ["(1,"]}},
+        TypeError,
+        DTYPE + "{'names': ['a'], 'formats': ['(1,']}",
+    ),
+    ({"dtype": Dtyped(ZeroDivisionError())}, TypeError, DTYPE + "Dtyped()"),
+    ({"dtype": Dtyped(KeyError("f4"))}, TypeError, DTYPE + "Dtyped()"),
     # device
     ({"device": "gpu"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'gpu\''),
     ({"device": "cuda:-1"}, ValueError, 'device must be None, "cpu", "cuda" or "cuda:N", got \'cuda:-1\''),
@@ -321,6 +353,104 @@ BAD_DRAWS = [
 ]
 
 
+# Function, arguments, the argument that the message names and its value: every weight would be 0.
+ALL_0 = [
+    (gpuinit.normal, {"stddev": 1e-9, "dtype": "float16"}, "stddev", 1e-9),
+    (gpuinit.normal, {"stddev": 1e-9, "mean": 1e-9, "dtype": "float16"}, "stddev", 1e-9),
+    (gpuinit.normal, {"stddev": 1e-42, "dtype": "bfloat16"}, "stddev", 1e-42),
+    (gpuinit.normal, {"stddev": 1e-46}, "stddev", 1e-46),
+    (gpuinit.truncated_normal, {"stddev": 1e-9, "dtype": "float16"}, "stddev", 1e-9),
+    (gpuinit.truncated_normal, {"stddev": 1e-46}, "stddev", 1e-46),
+    (gpuinit.truncated_normal, {"stddev": 1e-9, "lower": 1, "upper": 9, "dtype": "float16"}, "stddev", 1e-9),
+    (gpuinit.truncated_normal, {"stddev": 1e-9, "upper": math.inf, "dtype": "float16"}, "stddev", 1e-9),
+    (gpuinit.truncated_normal, {"lower": 0, "upper": 1e-9, "dtype": "float16"}, "upper", 1e-9),
+    (gpuinit.truncated_normal, {"lower": -1e-9, "upper": 1e-12, "dtype": "float16"}, "lower", -1e-9),
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 5e-324, "lower": -0.4, "upper": 0.4, "dtype": "float64"},
+        "stddev",
+        5e-324,
+    ),
+    # Bounds in weights are of the dtype, but stddev is 0 in it.
+    (gpuinit.truncated_normal, {"stddev": 6e-46, "lower": -3, "upper": 3}, "stddev", 6e-46),
+    (gpuinit.uniform, {"limit": 1e-9, "dtype": "float16"}, "limit", 1e-9),
+    (gpuinit.uniform, {"limit": 1e-300}, "limit", 1e-300),
+    (gpuinit.uniform, {"low": 0, "high": 1e-9, "dtype": "float16"}, "high", 1e-9),
+    (gpuinit.uniform, {"low": -1e-9, "high": 0, "dtype": "float16"}, "low", -1e-9),
+    (gpuinit.uniform, {"low": 1e-10, "high": 1e-9, "dtype": "float16"}, "high", 1e-9),
+    # The end is a number of float32, but half of it, round which the weights are, is not.
+    (gpuinit.uniform, {"low": 0, "high": 1.401298464324817e-45}, "high", 1.401298464324817e-45),
+    *(
+        (
+            gpuinit.variance_scaling,
+            {"scale": 1e-300, "mode": mode, "distribution": distribution},
+            "scale",
+            1e-300,
+        )
+        for mode in distributions.MODES
+        for distribution in distributions.DISTRIBUTIONS
+    ),
+    (gpuinit.variance_scaling, {"scale": 1e-20, "dtype": "float16"}, "scale", 1e-20),
+]
+BAD_DRAWS += [
+    (
+        function,
+        arguments,
+        ValueError,
+        f"{argument} {NOT_ALL_0}{dtype}, whose least is {LEAST[dtype]}, got {argument} {value!r}",
+    )
+    for function, arguments, argument, value in ALL_0
+    for dtype in [arguments.get("dtype", "float32")]
+]
+TINY = Fraction(1, 10**400)
+BAD_DRAWS += [
+    (
+        gpuinit.normal,
+        {"stddev": TINY},
+        ValueError,
+        "stddev must be a finite number >= 0 that float64 does not",
+    ),
+    (
+        gpuinit.normal,
+        {"stddev": -TINY},
+        ValueError,
+        "stddev must be a finite number >= 0 that float64 does not",
+    ),
+    (
+        gpuinit.uniform,
+        {"limit": TINY},
+        ValueError,
+        "limit must be a finite number >= 0 that float64 does not",
+    ),
+    (
+        gpuinit.uniform,
+        {"low": 0, "high": TINY},
+        ValueError,
+        "high must be a finite number that float64 does not",
+    ),
+    (
+        gpuinit.variance_scaling,
+        {"scale": TINY},
+        ValueError,
+        "scale must be a finite number >= 0 that float64 ",
+    ),
+    # Weights that would be cut where float32 ends, and not where was asked.
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 2e38, "mean": 2e38, "lower": -1, "upper": 1},
+        ValueError,
+        "stddev " + WEIGHTS + "float32, got stddev 2e+38",
+    ),
+    # The outermost of 2**64 samples beyond 3 is 9.84.
+    (
+        gpuinit.truncated_normal,
+        {"stddev": 1.9e307, "lower": 3, "upper": math.inf, "dtype": "float64"},
+        ValueError,
+        "stddev " + WEIGHTS + "float64, got stddev 1.9e+307",
+    ),
+]
+
+
 @pytest.mark.parametrize(("function", "arguments", "error", "message"), BAD_DRAWS)
 def test_what_cannot_be_drawn_is_refused_with_nothing_written(device, function, arguments, error, message):
     dtype = DTYPES[arguments.get("dtype", "float32")]
@@ -329,6 +459,75 @@ def test_what_cannot_be_drawn_is_refused_with_nothing_written(device, function, 
         with pytest.raises(error, match="^" + re.escape(message)):
             function((4, 6), seed=0, **where, **arguments)
     assert (device.numpy(out) == 77).all()
+
+
+def test_no_text_and_nothing_nested_is_another_error_than_a_dtype_that_is_wrong():
+    letters, random_number = "(),[]{}<>=|0123456789fVSMOib \0'_", random.Random(1)
+    pieces = ["(1,", "f4", "a", "names", "formats", "titles", 1, -1, 2**70, None, (), [], b"(1,", 1.5]
+
+    def text():
+        return "".join(random_number.choices(letters, k=random_number.randint(1, 8)))
+
+    def nested(depth):
+        chosen = random_number.choices(pieces, k=random_number.randint(0, 3))
+        inner = [nested(depth - 1) if depth and random_number.random() < 0.5 else piece for piece in chosen]
+        return random_number.choice([inner, tuple(inner), {"names": inner, "formats": inner[::-1]}])
+
+    refused = 0
+    for dtype in [*(text() for _ in range(5000)), *(nested(3) for _ in range(5000))]:
+        message = ""
+        try:
+            parse_dtype(dtype)
+        except (TypeError, ValueError) as error:
+            message, refused = str(error), refused + 1
+        assert message in ("", f"{DTYPE}{dtype!r}")
+    assert refused > 9000
+
+
+# The sample that is furthest out: that of a word, and not the bound, where that is further.
+FURTHEST = [
+    (gpuinit.normal, {}, 6.3379578590393066),
+    (gpuinit.truncated_normal, {}, 2),
+    (gpuinit.truncated_normal, {"lower": -1, "upper": 3}, 3),
+    (gpuinit.truncated_normal, {"lower": -4, "upper": -3}, 4),
+    (gpuinit.truncated_normal, {"lower": -1, "upper": math.inf}, 6.364528272),
+    (gpuinit.truncated_normal, {"lower": -math.inf, "upper": 1}, 6.364528272),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "furthest"), FURTHEST)
+def test_the_least_width_is_that_of_the_sample_furthest_out(function, arguments, furthest):
+    least = 2.0**-25 / furthest  # half of float16's least number is rounded to 0
+    find_draw(function, 3, dtype="float16", stddev=least * (1 + 1e-6), **arguments)
+    with pytest.raises(ValueError, match=f"^stddev {NOT_ALL_0}float16"):
+        find_draw(function, 3, dtype="float16", stddev=least * (1 - 1e-6), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half"), [("float32", 2.0**-150), ("float16", 2.0**-25), ("bfloat16", 2.0**-134)]
+)
+def test_half_of_the_least_number_of_a_dtype_is_0(dtype, half):
+    for function, argument, width in (
+        (gpuinit.uniform, "limit", half),
+        (gpuinit.truncated_normal, "stddev", half / 2),
+    ):
+        if (dtype, argument) == ("float32", "stddev"):
+            width = half  # stddev is rounded to float32 before it is doubled
+        find_draw(function, 3, dtype=dtype, **{argument: width * (1 + 2**-13)})
+        with pytest.raises(ValueError, match=f"^{argument} {NOT_ALL_0}{dtype}"):
+            find_draw(function, 3, dtype=dtype, **{argument: width})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_spread_that_vanishes_beside_its_mean_leaves_the_mean(device, dtype):
+    """Every weight is right to its last digit."""
+    keywords = {"seed": 1, "dtype": dtype, "device": device.name}
+    for made in (
+        gpuinit.normal(9, 1e-20, 1.0, **keywords),
+        gpuinit.truncated_normal(9, 1e-20, 1.0, **keywords),
+        gpuinit.uniform(9, 1.0, 1 + 2**-52, **(keywords | {"dtype": "float32"})),
+    ):
+        assert (device.numpy(made) == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -388,12 +587,25 @@ def test_what_is_no_number_is_refused(value):
         (gpuinit.truncated_normal, {"stddev": 1, "lower": 300, "upper": 300}, 300),
         (gpuinit.uniform, {"low": 0.3, "high": 0.3}, 0.3),
         (gpuinit.uniform, {"limit": 0}, 0),
+        (gpuinit.uniform, {"limit": -0.0}, 0),
+        (gpuinit.uniform, {"low": 0, "high": 0}, 0),
+        (gpuinit.uniform, {"low": -0.0, "high": -0.0}, 0),
+        (gpuinit.uniform, {"low": 0.0, "high": -0.0}, 0),
+        (gpuinit.normal, {"stddev": 0}, 0),
+        (gpuinit.normal, {"stddev": -0.0, "mean": -0.0}, 0),
+        (gpuinit.truncated_normal, {"stddev": 0, "mean": -0.0}, 0),
+        (gpuinit.truncated_normal, {"stddev": 0, "lower": -3, "upper": 3}, 0),
+        (gpuinit.truncated_normal, {"stddev": 0, "lower": 0, "upper": math.inf}, 0),
+        (gpuinit.truncated_normal, {"stddev": 1, "lower": 0, "upper": -0.0}, 0),
+        (gpuinit.truncated_normal, {"stddev": 1, "mean": -1, "lower": 1, "upper": 1}, 0),
+        (gpuinit.truncated_normal, {"stddev": 0, "lower": -1, "upper": -1}, 0),
     ],
 )
 def test_what_has_no_width_is_a_constant(device, function, arguments, constant, dtype):
-    weights = device.numpy(function(9, seed=1, dtype=dtype, device=device.name, **arguments))
+    """0.0 where it is 0, and never -0.0."""
+    weights = device.numpy(function(67, seed=1, dtype=dtype, device=device.name, **arguments))
     wanted = np.asarray(constant, np.float64 if dtype == "float64" else np.float32).astype(dtype)
-    assert (weights == wanted).all()
+    assert weights.tobytes() == wanted.tobytes() * 67
 
 
 def test_two_zeros_are_one_number():

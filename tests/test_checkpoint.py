@@ -419,6 +419,14 @@ def test_the_fingerprint_is_what_its_docstring_says(manifest, tmp_path, capsys):
             "tensor 'a': mean must leave the weights finite in float16, got mean 70000.0",
         ),
         (
+            "[tensors]\na = {shape = [2], initializer = 'normal', stddev = 1e-9, dtype = 'float16'}",
+            "tensor 'a': stddev must leave weights other than 0 in float16, whose least is 6e-08, got stddev",
+        ),
+        (
+            "[tensors]\na = {shape = [2], dtype = '(1,'}",
+            "tensor 'a': dtype must be one of float32, float16, bfloat16, float64, got '(1,'",
+        ),
+        (
             "[tensors]\na = {shape = [2], initializer = 'uniform', low = 0.0}",
             "tensor 'a': uniform must be given one limit, or low and high, got low=0.0",
         ),

@@ -83,6 +83,8 @@ def digest(shape=(300, 301), dtype="float32"):
     stream=st.integers(0, 2**64 - 1),
 )
 def test_engines_write_the_same_bytes(dtype, distribution, offset, length, rows, stride, width, key, stream):
+    if dtype == "float16":
+        width = max(width, 3e-8)  # below it all weights would be 0, which is refused
     arguments = (dtype, distribution, Run(offset, length, rows, stride), width, key, stream)
     assert filled("numba", *arguments) == filled("numpy", *arguments)
 

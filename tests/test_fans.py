@@ -9,8 +9,19 @@ import pytest
 from mpmath import mp
 
 import gpuinit
-from gpuinit.distributions import GLOROT_UNIFORM, HE_NORMAL, HE_UNIFORM, TRUNCATED_STD, draw_of
+from gpuinit.distributions import (
+    DISTRIBUTIONS,
+    GLOROT_UNIFORM,
+    HE_NORMAL,
+    HE_UNIFORM,
+    MODES,
+    TRUNCATED_STD,
+    Recipe,
+    Uniform,
+    draw_of,
+)
 from gpuinit.fans import fans
+from gpuinit.initializers import find_draw
 
 
 def test_the_standard_deviation_of_the_truncated_normal():
@@ -80,6 +91,69 @@ def test_a_fan_below_one_counts_as_one():
     assert draw_of(HE_UNIFORM, 0, 5).high == math.sqrt(6)
     assert draw_of(GLOROT_UNIFORM, 0, 1).high == math.sqrt(3)
     assert draw_of(HE_UNIFORM._replace(mode="fan_geo_avg"), 0, 7).high == math.sqrt(6)
+
+
+SCALES = (1.0, 2.0, 3.0, 0.1, 1 / 3, 1e10, 7e-200, 5e307, 1e308, 1.797e308, 1e-300, 1e-310, 5e-324)
+FANS = ((1, 1), (3, 7), (0, 9), (2**31, 2**31 - 1), (2**62, 1), (2**62, 2**62 - 3), (2**63 - 1, 2**63 - 1))
+
+
+def width_of(scale, mode, distribution, fan_in, fan_out):
+    draw = draw_of(Recipe(distribution, scale, mode), fan_in, fan_out)
+    return draw.high if isinstance(draw, Uniform) else draw.stddev
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_no_width_is_lost_on_the_way(mode, distribution):
+    """Within a few roundings of the formula, whatever the scale and the fans are."""
+    divisor, factor = {
+        "truncated_normal": (TRUNCATED_STD, 1),
+        "untruncated_normal": (1, 1),
+        "uniform": (1, 3),
+    }[distribution]
+    for scale in SCALES:
+        for fan_in, fan_out in FANS:
+            with mp.workdps(40):
+                fan = {
+                    "fan_in": mp.mpf(fan_in),
+                    "fan_out": mp.mpf(fan_out),
+                    "fan_avg": (mp.mpf(fan_in) + fan_out) / 2,
+                    "fan_geo_avg": mp.sqrt(mp.mpf(fan_in) * fan_out),
+                }[mode]
+                exact = mp.sqrt(factor * mp.mpf(scale) / max(1, fan)) / divisor
+                assert abs(width_of(scale, mode, distribution, fan_in, fan_out) / exact - 1) < 2.5 * 2.0**-53
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_width_is_that_of_the_formula_in_float64_operation_by_operation(distribution):
+    """So that bits stay: what a way round overflow must not change. Powers of 4 cost no digit."""
+    for scale in np.random.default_rng(1).uniform(0.1, 10, 300).tolist():
+        for fan_in, fan_out in FANS:
+            fan = max(1, (fan_in + fan_out) / 2)
+            plain = {
+                "truncated_normal": math.sqrt(scale / fan) / TRUNCATED_STD,
+                "untruncated_normal": math.sqrt(scale / fan),
+                "uniform": math.sqrt(3 * scale / fan),
+            }[distribution]
+            assert width_of(scale, "fan_avg", distribution, fan_in, fan_out) == plain
+            for power in (-500, -100, 1, 510):
+                width = width_of(scale * 4.0**power, "fan_avg", distribution, fan_in, fan_out)
+                assert width == plain * 2.0**power
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_weights_of_the_widest_and_of_the_narrowest_scale(device, distribution):
+    for scale, power in ((4.0**511, 511), (4.0**-537, -537)):
+        keywords = {"seed": 1, "dtype": "float64", "device": device.name, "distribution": distribution}
+        w = device.numpy(gpuinit.variance_scaling((4, 5), scale, **keywords))
+        unit = device.numpy(gpuinit.variance_scaling((4, 5), 1.0, **keywords))
+        assert w.tobytes() == np.ldexp(unit, power).tobytes()
+
+
+def test_the_largest_shapes_have_fans():
+    for shape in ((2**62, 1), (1, 2**62), (2**31, 2**31), (0, 2**62)):
+        for mode in MODES:
+            find_draw(gpuinit.variance_scaling, shape, mode=mode, dtype="float64")
 
 
 def test_modes_and_scale():

@@ -169,6 +169,21 @@ def test_weights_that_would_be_infinite_are_refused(under):
             under(lambda k, init=init: init(k, SHAPE, np.float16))(key())
 
 
+@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
+def test_weights_that_would_all_be_0_are_refused(under):
+    for init, argument in (
+        (gpuinit.jax.normal(1e-9), "stddev"),
+        (gpuinit.jax.truncated_normal(1e-9), "stddev"),
+        (gpuinit.jax.uniform(1e-9), "scale"),
+        (gpuinit.jax.variance_scaling(1e-18, "fan_in", "normal"), "scale"),
+    ):
+        assert under(lambda k, init=init: init(k, SHAPE))(key()).any()
+        with pytest.raises(
+            ValueError, match=rf"^{argument} must leave weights other than 0 in float16, .*e-"
+        ):
+            under(lambda k, init=init: init(k, SHAPE, np.float16))(key())
+
+
 def test_arguments_are_those_of_jax():
     from inspect import signature
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 
 import cuda_sim
 import numpy as np
@@ -476,6 +477,34 @@ def test_weights_stay_finite():
         ValueError, match=r"stddev must leave the weights finite in float16, got stddev 40000"
     ):
         gt.truncated_normal_(torch.empty(3, dtype=torch.float16), 40000, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fill", "named"),
+    [
+        (partial(gt.normal_, stddev=1e-9), "stddev"),
+        (partial(gt.truncated_normal_, stddev=1e-9), "stddev"),
+        (partial(gt.uniform_, limit=1e-9), "limit"),
+        (partial(gt.uniform_, a=0, b=1e-9), "b"),
+        (partial(gt.variance_scaling_, scale=1e-18), "scale"),
+    ],
+)
+def test_weights_are_not_all_0_in_the_dtype_of_the_tensor(fill, named):
+    tensor = torch.full((3, 4), 9, dtype=torch.float16)
+    for given in (tensor, torch.empty(3, 4, dtype=torch.float16, device="meta")):
+        with pytest.raises(
+            ValueError, match=rf"^{named} must leave weights other than 0 in float16, .* got {named}"
+        ):
+            fill(given, seed=0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)).half()
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match="other than 0 in float16"):
+        gpuinit.torch.initialize_(
+            model, 0, [("0.weight", gt.he_normal_), ("*.weight", fill), ("*", torch.nn.init.zeros_)]
+        )
+    assert (tensor == 9).all()
+    assert torch.equal(model[0].weight, before)
+    assert fill(torch.empty(3, 4), seed=0).any()
 
 
 # CUDA

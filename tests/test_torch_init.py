@@ -516,6 +516,24 @@ ERRORS = [
         r"gain must leave the weights finite in float32, got gain 1e\+39",
     ),
     ("xavier_uniform_", (1e39,), {}, ValueError, r"gain must leave .* finite in float32, got gain 1e\+39"),
+    ("xavier_normal_", (1e-46,), {}, ValueError, "gain must leave weights other than 0 .*, got gain 1e-46"),
+    (
+        "xavier_uniform_",
+        (5e-324,),
+        {},
+        ValueError,
+        "gain must leave weights other than 0 .*, got gain 5e-324",
+    ),
+    (
+        "kaiming_normal_",
+        (1e150,),
+        {},
+        ValueError,
+        "gain must leave weights other than 0 .* float32, .*, got gain",
+    ),
+    ("normal_", (0, 1e-46), {}, ValueError, "std must leave weights other than 0 .*, got std 1e-46"),
+    ("trunc_normal_", (0, 1e-46), {}, ValueError, "std must leave weights other than 0 .*, got std 1e-46"),
+    ("uniform_", (0, 1e-46), {}, ValueError, "b must leave weights other than 0 .*, got b 1e-46"),
     (
         "kaiming_normal_",
         (),
@@ -544,6 +562,21 @@ def test_arguments_are_checked_before_anything_is_written(name, arguments, words
             getattr(init, name)(tensor, *arguments, **words)
         assert tensor.is_meta or (tensor == 9).all()
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_no_width_is_0_and_not_minus_0(dtype):
+    for zero in (
+        partial(init.xavier_uniform_, gain=0),
+        partial(init.xavier_normal_, gain=0),
+        partial(init.uniform_, a=-0.0, b=-0.0),
+        partial(init.normal_, std=0),
+        partial(init.trunc_normal_, mean=-0.0, std=0),
+        partial(init.trunc_normal_, a=-0.0, b=-0.0),
+    ):
+        made = zero(torch.full((5, 7), 9, dtype=dtype), seed=1)
+        assert not made.any()
+        assert not made.signbit().any()
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])

@@ -215,7 +215,7 @@ def kaiming(tensor: torch.Tensor, a: float, mode: str, nonlinearity: str) -> tup
         raise ValueError(message) from None
     if 0 in tensor.shape:  # of any number of axes, as in torch
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=4)
-        return 0.0, gain
+        return 0.0, 0.0
     return gain / math.sqrt(find_fans(tensor)[MODES.index(mode.lower())]), gain
 
 
