@@ -147,7 +147,7 @@ class Drawn:
     def named(self, shape: Any, dtype: Any, layout: Any, seed: Any, name: str | None) -> Any:
         """The same, from a seed and the stream of a name."""
         parsed = parse_shape(shape)
-        made_of = keras.backend.standardize_dtype(dtype)
+        made_of = standardize_dtype(dtype)
         fill = partial(make, draw=self.draw(parsed))
         find_draw(fill, parsed, dtype=parse_dtype(made_of), name=name)  # an error costs no seed
         return tensor(fill, parsed, made_of, layout, seed_of(seed), name)
@@ -245,6 +245,15 @@ random_normal = RandomNormal
 random_uniform = RandomUniform
 truncated_normal = TruncatedNormal
 variance_scaling = VarianceScaling
+
+
+def standardize_dtype(dtype: Any) -> str:
+    """Keras's own, whose errors do not name the argument."""
+    try:
+        return str(keras.backend.standardize_dtype(dtype))
+    except (TypeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
 
 
 def is_real_scalar(value: Any) -> bool:

@@ -140,6 +140,8 @@ def draws():
     raises(TypeError, "minval must be", gpuinit.keras.RandomUniform(None, 2), (5,))
     raises(ValueError, "maxval must be at least minval, got", gpuinit.keras.RandomUniform(2, 1), (5,))
     raises(ValueError, "maxval 100000.0", gpuinit.keras.RandomUniform(0, 1e5), (5,), "float16")
+    for narrow in (gpuinit.keras.RandomNormal(0.0, 1e-9), gpuinit.keras.TruncatedNormal(0.0, 1e-9)):
+        raises(ValueError, "stddev must leave weights other than 0 in float16", narrow, (5,), "float16")
 
 
 def numbers():
@@ -220,7 +222,10 @@ def seeds():
     check(gpuinit.keras.HeNormal(highest)(shape), gpuinit.he_normal, shape, seed=2**31 - 1 | 1 << 32)
     raises(ValueError, "seed", gpuinit.keras.HeNormal, "x")
     raises(ValueError, "got -1", gpuinit.keras.HeNormal(-1), shape)
-    raises(ValueError, "dtype must be one of", gpuinit.keras.HeNormal(), shape, "int32")
+    for dtype in ("int32", "(1,", ("(1,", 1)):
+        raises(ValueError, "dtype must be one of", gpuinit.keras.HeNormal(), shape, dtype)
+    for dtype in (["(1,"], {"names": ["a"], "formats": ["(1,"]}):
+        raises(TypeError, f"bfloat16, float64, got {dtype!r}", gpuinit.keras.HeNormal(), shape, dtype)
 
 
 def configurations():
