@@ -373,6 +373,8 @@ ALL_0 = [
     ),
     # Bounds in weights are of the dtype, but stddev is 0 in it.
     (gpuinit.truncated_normal, {"stddev": 6e-46, "lower": -3, "upper": 3}, "stddev", 6e-46),
+    # The other way round: no number of float32 but 0 lies between the bounds, but stddev is its least.
+    (gpuinit.truncated_normal, {"stddev": 9.8e-46, "lower": -1, "upper": 1}, "stddev", 9.8e-46),
     (gpuinit.uniform, {"limit": 1e-9, "dtype": "float16"}, "limit", 1e-9),
     (gpuinit.uniform, {"limit": 1e-300}, "limit", 1e-300),
     (gpuinit.uniform, {"low": 0, "high": 1e-9, "dtype": "float16"}, "high", 1e-9),

@@ -577,6 +577,8 @@ def test_no_width_is_0_and_not_minus_0(dtype):
         made = zero(torch.full((5, 7), 9, dtype=dtype), seed=1)
         assert not made.any()
         assert not made.signbit().any()
+    with pytest.raises(ValueError, match="gain must leave weights other than 0 in float64"):
+        init.xavier_uniform_(torch.empty(30, 40, dtype=torch.float64), 5e-324)  # whose bound is 0
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
