@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gpuinit.limits import free_address_space
+from gpuinit.loading import can_load, loading, place_of
+
 CPU = None
 
 INSTALL = 'pip install "gpuinit[cuda12]" (or "gpuinit[cuda13]")'
@@ -22,6 +25,10 @@ INSTALL = 'pip install "gpuinit[cuda12]" (or "gpuinit[cuda13]")'
 INITIALIZATION_ERROR = 3
 INSUFFICIENT_DRIVER = 35
 NO_DEVICE = 100
+
+# Address space, in bytes: twice what importing CuPy 14 takes (871 MiB of VmPeak on x86-64 Linux), so
+# that a limit leaves as much for the weights. Otherwise a process that never asked for CUDA ran out of it.
+ROOM_FOR_CUPY = 2**31
 
 # DLDeviceType (dlpack.h).
 DLPACK_CPU = (1, 3)  # host memory, pinned host memory
@@ -63,9 +70,15 @@ def parse_cuda_device(device: object) -> int | None:
         if match:
             return None if match[1] is None else int(match[1])
         raise ValueError(f'device must be None, "cpu", "cuda" or "cuda:N", got {device!r}')
-    if "cupy" in sys.modules and isinstance(device, sys.modules["cupy"].cuda.Device):
+    if isinstance(device, cupy_device_type()):
         return int(device.id)
     raise TypeError(f'device must be None, "cpu", "cuda", "cuda:N" or a cupy.cuda.Device, got {device!r}')
+
+
+def cupy_device_type() -> Any:
+    """() before CuPy is imported. What is imported may be another module of the name, or None."""
+    kind = getattr(getattr(sys.modules.get("cupy"), "cuda", None), "Device", None)
+    return kind if isinstance(kind, type) else ()
 
 
 def warn_of_fallback(problem: str) -> None:
@@ -96,26 +109,51 @@ def cuda_problem() -> str | None:
 
 @cache
 def find_cuda_problem(process: int) -> str | None:
-    try:
-        import cupy
-    except ImportError as error:
-        if error.name == "cupy":
-            return f"CuPy is not installed. To install it: {INSTALL}"
-        return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
-    except OSError as error:  # CuPy makes its cache directory when imported
+    if not can_load("cupy"):
         return (
-            f"importing CuPy failed ({describe(error)}). "
-            "Set CUPY_CACHE_DIR to a directory that can be written"
+            "another thread was importing as this process was forked, so importing CuPy may never end here. "
+            'Use the "spawn" start method of multiprocessing, or fork before or after'
         )
-    except Exception as error:
-        return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return explain_runtime_error(cupy, error)
-    if count == 0:
-        return "there is no CUDA device. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return find_kernel_problem(cupy)
+    free = free_address_space()
+    if "cupy" not in sys.modules and free < ROOM_FOR_CUPY:
+        return (
+            f"CuPy needs {ROOM_FOR_CUPY >> 20} MiB of address space, and the limit of this process leaves "
+            f"{max(0, int(free)) >> 20}. Raise the limit (ulimit -v, ulimit -d)"
+        )
+    with loading("cupy"):
+        try:
+            import cupy
+        except ImportError as error:
+            if error.name == "cupy":
+                return f"CuPy is not installed. To install it: {INSTALL}"
+            return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
+        except OSError as error:  # CuPy makes its cache directory when imported
+            return (
+                f"importing CuPy failed ({describe(error)}). "
+                "Set CUPY_CACHE_DIR to a directory that can be written"
+            )
+        except Exception as error:
+            return f"importing CuPy failed ({describe(error)}). To reinstall it: {INSTALL}"
+        if not is_cupy(cupy):
+            return (
+                f"the cupy that Python finds is not CuPy ({place_of(cupy)}). "
+                f"To use CUDA, rename that, and install CuPy: {INSTALL}"
+            )
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            return explain_runtime_error(cupy, error)
+        except Exception as error:
+            return f"CuPy does not answer ({describe(error)}). To reinstall it: {INSTALL}"
+        if count == 0:
+            return "there is no CUDA device. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        return find_kernel_problem(cupy)
+
+
+def is_cupy(module: Any) -> bool:
+    """Whether it has what tells about CUDA: not so a folder of this name, or what is left of a CuPy."""
+    runtime = getattr(getattr(module, "cuda", None), "runtime", None)
+    return isinstance(getattr(runtime, "CUDARuntimeError", None), type)
 
 
 def explain_runtime_error(cupy: Any, error: Any) -> str:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,9 @@ import numpy as np
 import gpuinit
 from gpuinit import devices
 from gpuinit.backends import cpu, cuda
+from gpuinit.initializers import DTYPES
+from gpuinit.limits import cpu_quota
+from gpuinit.loading import place_of
 from gpuinit.stream import STREAM_FORMAT
 
 SHAPE = (1000, 1001)
@@ -75,7 +78,10 @@ def marks(encoding: str | None) -> dict[str, str]:
 
 
 def examine() -> dict[str, Any]:
-    checks = [check_cpu("numpy", None), check_cpu("numba", cpu.numba_problem()), *check_cuda()]
+    wrong = wrong_settings()
+    checks = [result("settings", FAILED, f"{error}. Correct or unset it") for error in wrong.values()]
+    with environment(**dict.fromkeys(wrong)):
+        checks += [check_cpu("numpy", None), check_numba(), *check_cuda()]
     return {
         "healthy": all(check["status"] != FAILED for check in checks),
         "facts": facts(),
@@ -109,7 +115,13 @@ def describe_threads() -> str:
         threads = cpu.thread_limit()
     except ValueError as error:
         return str(error)
-    return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+    cores, usable, quota = os.cpu_count(), len(cpu.usable_cores()), cpu_quota()
+    words = [platform.machine(), f"{cores} cores"]
+    if usable != cores:
+        words.append(f"{usable} of them for this process")
+    if quota is not None:
+        words.append(f"a quota of {quota:g} cores' time")
+    return ", ".join([*words, f"{threads} threads"])
 
 
 def cupy_facts() -> dict[str, str]:
@@ -120,9 +132,11 @@ def cupy_facts() -> dict[str, str]:
         absent = isinstance(error, ImportError) and error.name == "cupy"
         return {"CuPy": "not installed" if absent else f"cannot be imported ({devices.describe(error)})"}
     packages = importlib.metadata.packages_distributions().get("cupy", ["no package"])
+    if not devices.is_cupy(cupy):
+        return {"CuPy": f"not what `import cupy` finds: {place_of(cupy)}"}
     folder, writable = kernel_cache()
     found = {
-        "CuPy": f"{cupy.__version__} from {', '.join(packages)}, {Path(cupy.__file__).parent}",
+        "CuPy": ask(lambda: f"{cupy.__version__} from {', '.join(packages)}, {Path(cupy.__file__).parent}"),
         "driver": ask(lambda: describe_driver(cupy.cuda.runtime.driverGetVersion())),
         "runtime": ask(lambda: f"CUDA {dotted(cupy.cuda.runtime.runtimeGetVersion())}"),
         "compiler": ask(lambda: describe_compiler(cupy)),
@@ -185,25 +199,54 @@ def kernel_cache() -> tuple[Path, bool]:
         return folder, False
 
 
+def wrong_settings() -> dict[str, str]:
+    """The variables of the environment for which no array is made on the CPU, and why."""
+    used = {
+        "GPUINIT_CPU_ENGINE": lambda: cpu.engine(1, DTYPES["float32"]),
+        "GPUINIT_NUM_THREADS": cpu.thread_limit,
+    }
+    wrong = {}
+    for name, use in used.items():
+        try:
+            use()
+        except (ValueError, ImportError) as error:
+            wrong[name] = str(error)
+    return wrong
+
+
+def check_numba() -> dict[str, str]:
+    """Loaded only where a fill would load it, for which a limit of address space may be too low."""
+    problem = cpu.room_problem(1)
+    return (
+        check_cpu("numba", cpu.numba_problem()) if problem is None else result("cpu, numba", ABSENT, problem)
+    )
+
+
 def check_cpu(engine: str, problem: str | None) -> dict[str, str]:
     if problem is not None:
         status = ABSENT if version(engine) == "not installed" else FAILED
         return result(f"cpu, {engine}", status, problem)
-    with engine_setting(engine):
+    with environment(GPUINIT_CPU_ENGINE=engine):
         return check_bytes(f"cpu, {engine}", "cpu")
 
 
 @contextmanager
-def engine_setting(engine: str) -> Iterator[None]:
-    before = os.environ.get("GPUINIT_CPU_ENGINE")
-    os.environ["GPUINIT_CPU_ENGINE"] = engine
+def environment(**variables: str | None) -> Iterator[None]:
+    """With these variables of the environment, unset where None."""
+    before = {name: os.environ.get(name) for name in variables}
+    put(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["GPUINIT_CPU_ENGINE"]
+        put(before)
+
+
+def put(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            os.environ["GPUINIT_CPU_ENGINE"] = before
+            os.environ[name] = value
 
 
 def check_cuda() -> list[dict[str, str]]:
@@ -236,10 +279,10 @@ def check_compiler() -> dict[str, str]:
 
 def has_cupy() -> bool:
     try:
-        import cupy  # noqa: F401
+        import cupy
     except Exception:
         return False
-    return True
+    return devices.is_cupy(cupy)
 
 
 def cuda_need_not_work() -> bool:
@@ -250,12 +293,16 @@ def cuda_need_not_work() -> bool:
         return error.name == "cupy"
     except Exception:
         return False
+    if not devices.is_cupy(cupy):  # a folder of the name, or a module that hides the CuPy that is installed
+        return "cupy" not in importlib.metadata.packages_distributions()
     try:
         return int(cupy.cuda.runtime.getDeviceCount()) == 0
     except cupy.cuda.runtime.CUDARuntimeError as error:
         if error.status == devices.INSUFFICIENT_DRIVER:
             return int(cupy.cuda.runtime.driverGetVersion()) == 0
         return bool(error.status == devices.NO_DEVICE)
+    except Exception:
+        return False
 
 
 def check_bytes(backend: str, device: str) -> dict[str, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,6 +171,159 @@ def test_no_thread_writes_once_an_error_is_raised(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         gpuinit.he_normal((2048, 2048), device="cpu")
     assert helper_ended.is_set()
+
+
+class InterruptionError(Exception):
+    """Raised from without."""
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that signal")
+def test_no_thread_writes_once_a_wait_for_it_is_interrupted(monkeypatch, times):
+    """The caller has done its share when Ctrl-C comes, once or again and again."""
+    caller = threading.get_ident()
+    helper_began, helper_ended, raised = threading.Event(), threading.Event(), []
+
+    def interrupt(*_: object) -> None:
+        raised.append(None)
+        if len(raised) == times:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        raise InterruptionError
+
+    def fill_slowly(*arguments):
+        if threading.get_ident() == caller:
+            assert helper_began.wait(60)
+            return
+        if not helper_began.is_set():
+            helper_began.set()
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            while len(raised) < times:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            helper_ended.set()
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu, "fill_tile", fill_slowly)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(InterruptionError):
+            gpuinit.he_normal((2048, 2048), device="cpu")
+        assert helper_ended.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(raised) == times
+
+
+def test_no_thread_writes_after_an_error_raised_from_without_at_any_moment(monkeypatch):
+    """Into the caller's work, its start of helpers and its wait for them, as it comes."""
+    working, ended = set(), []
+    fill_tile = cpu.fill_tile
+
+    def note(*arguments):
+        me = threading.get_ident()
+        working.add(me)
+        try:
+            fill_tile(*arguments)
+        finally:
+            working.discard(me)
+
+    def call(begun: threading.Event) -> None:
+        try:
+            begun.set()
+            gpuinit.he_normal((1024, 1024), seed=1, device="cpu")
+        except InterruptionError:
+            pass
+        finally:
+            ended.append(set(working) - {threading.get_ident()})
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
+    monkeypatch.setattr(cpu, "fill_tile", note)
+    for attempt in range(60):
+        begun = threading.Event()
+        thread = threading.Thread(target=call, args=(begun,))
+        thread.start()
+        assert begun.wait(60)
+        time.sleep(attempt * 0.0005)
+        for _ in range(1 + attempt % 3):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(InterruptionError)
+            )
+            time.sleep(0.0005)
+        thread.join(60)
+        assert not thread.is_alive()
+    assert ended == [set()] * len(ended)
+    assert len(ended) > 50
+    assert make_large_array().tobytes() == gpuinit.he_normal((1024, 1024), seed=1, device="cpu").tobytes()
+
+
+def test_a_helper_that_was_given_its_work_as_ctrl_c_came_is_waited_for(monkeypatch):
+    """After the pool has taken the work, and before the caller knows that."""
+    began, ended = threading.Event(), threading.Event()
+    caller = threading.get_ident()
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*arguments):
+        submit(*arguments)
+        assert began.wait(60)
+        raise KeyboardInterrupt
+
+    def fill_slowly(*arguments):
+        assert threading.get_ident() != caller
+        began.set()
+        time.sleep(0.2)
+        ended.set()
+
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(cpu, "fill_tile", fill_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        gpuinit.he_normal((2048, 2048), device="cpu")
+    assert ended.is_set()
+
+
+def test_a_helper_that_comes_too_late_writes_nothing(monkeypatch):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "2")
+    jobs = []
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda pool, *job: jobs.append(job))
+    expected = make_large_array().tobytes()
+    out = np.empty((1024, 1024), np.float32)
+    gpuinit.he_normal((1024, 1024), seed=1, out=out)
+    assert out.tobytes() == expected
+    out[:] = 77
+    monkeypatch.setattr(cpu, "fill_tile", None)
+    late = [threading.Thread(target=job[0], args=job[1:]) for job in jobs]
+    for thread in late:
+        thread.start()
+    for thread in late:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(late) == 2
+    assert (out == 77).all()
+
+
+START_IS_INTERRUPTED = """
+import threading, gpuinit
+start = threading.Thread.start
+def interrupted(thread):
+    start(thread)
+    raise KeyboardInterrupt
+threading.Thread.start = interrupted
+try:
+    gpuinit.he_normal((1024, 1024), device="cpu")
+except KeyboardInterrupt:
+    print("interrupted")
+threading.Thread.start = start
+print(gpuinit.he_normal((1024, 1024), device="cpu").shape)
+"""
+
+
+def test_python_ends_after_ctrl_c_while_a_helper_starts():
+    """The pool does not know such a thread, which would wait for work for ever."""
+    command = [sys.executable, "-c", START_IS_INTERRUPTED]
+    environment = os.environ | {"GPUINIT_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("interrupted\n(1024, 1024)\n", "")
 
 
 def make_large_array():

@@ -354,6 +354,32 @@ def test_without_numba_the_work_is_done_by_numpy(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["folder", "module"])
+def test_what_is_called_numba_and_is_not_is_no_numba(tmp_path, kind):
+    place = tmp_path / ("numba" if kind == "folder" else "numba.py")
+    place.mkdir() if kind == "folder" else place.write_text("")
+    hidden = (
+        "import glob, sys\nsys.path[:] = [p for p in sys.path if not glob.glob(p + '/numba/__init__.py')]\n"
+    )
+    load = "import gpuinit, numpy, ml_dtypes\n" + (hidden if kind == "folder" else "")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert run(load + AUTOMATIC + DIGEST, PYTHONPATH=path)[0] == digest()
+    assert " ".join(run(load + DIGEST, PYTHONPATH=path, GPUINIT_CPU_ENGINE="numba")) == (
+        f"ImportError: GPUINIT_CPU_ENGINE is numba, but the numba that Python finds is not Numba ({place}). "
+        'To use it, rename that, and: pip install --upgrade "gpuinit[cpu]"'
+    )
+
+
+def test_without_numba_and_llvmlite_it_is_numba_that_is_not_installed():
+    """Both are missing after a plain installation, and llvmlite comes first where it is imported."""
+    load = "import sys\nsys.modules['llvmlite'] = None\n"
+    gone = load + "sys.modules['numba'] = None\n"
+    assert "but Numba is not installed. To install it:" in " ".join(
+        run(gone + DIGEST, GPUINIT_CPU_ENGINE="numba")
+    )
+    assert "but importing Numba failed (" in " ".join(run(load + DIGEST, GPUINIT_CPU_ENGINE="numba"))
+
+
 def test_with_a_numba_that_does_not_start_the_work_is_done_by_numpy(tmp_path):
     environment = blocked(tmp_path, "raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
     assert run(AUTOMATIC + DIGEST, **environment)[0] == digest()
@@ -418,6 +444,17 @@ def test_a_constant_that_changed_elsewhere_is_compiled_anew(tmp_path, function):
     assert after != before
     assert after == run(CHANGES[function] + made, GPUINIT_CPU_ENGINE="numpy")
     assert before == run(made, **environment)
+
+
+def test_a_full_disk_for_the_cache_does_no_harm(tmp_path):
+    """No file may grow: writing fails as it begins, or in the middle."""
+    resource = pytest.importorskip("resource", reason="this system has no such limits")
+    assert resource
+    for limit in (0, 3000):
+        full = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        environment = {"GPUINIT_CPU_ENGINE": "numba", "NUMBA_CACHE_DIR": str(tmp_path / str(limit))}
+        assert run(full + HITS, **environment) == [digest(), "True", "0"]
+        assert run(HITS, **environment) == [digest(), "True", "0"]
 
 
 def test_no_directory_for_the_cache_does_no_harm(tmp_path):

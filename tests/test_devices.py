@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import inspect
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import unittest.mock
 import warnings
 
 import cuda_sim
@@ -251,7 +253,54 @@ def broken_compiler(error):
     return arrange
 
 
+def cupy_that_is(module):
+    def arrange(monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", module)
+
+    return arrange
+
+
+def made_up_module(**parts):
+    """A module of another author, from a file."""
+    module = types.ModuleType("cupy")
+    module.__dict__.update(parts, __file__="/home/me/cupy.py")
+    return module
+
+
+def folder_called_cupy(monkeypatch):
+    """Which Python imports as a package without a file."""
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    folder = importlib.machinery.ModuleSpec("cupy", None, is_package=True)
+    folder.submodule_search_locations = ["/home/me/cupy"]
+    finder = types.SimpleNamespace(find_spec=lambda name, *_: folder if name == "cupy" else None)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+
+
+def refuse_to_count():
+    raise ImportError("libcuda.so.1: cannot open shared object file")
+
+
+ANSWERS_NOTHING = types.SimpleNamespace(
+    CUDARuntimeError=cuda_sim.CUDARuntimeError, getDeviceCount=refuse_to_count
+)
+NOT_CUPY = r"the cupy that Python finds is not CuPy \({}\)\. To use CUDA, rename that, and install CuPy: pip"
+
 CAUSES = {
+    "an empty folder": (folder_called_cupy, NOT_CUPY.format("/home/me/cupy")),
+    "another module": (cupy_that_is(made_up_module()), NOT_CUPY.format("/home/me/cupy.py")),
+    "another module with a part of the name": (
+        cupy_that_is(made_up_module(cuda=True)),
+        NOT_CUPY.format("/home/me/cupy.py"),
+    ),
+    "another module made in memory": (cupy_that_is(object()), NOT_CUPY.format("made in memory")),
+    "a module that says yes to all": (
+        cupy_that_is(unittest.mock.MagicMock(__file__="x")),
+        NOT_CUPY.format("x"),
+    ),
+    "a CuPy that does not answer": (
+        cupy_that_is(made_up_module(cuda=types.SimpleNamespace(runtime=ANSWERS_NOTHING))),
+        r"CuPy does not answer \(ImportError: libcuda\.so\.1: cannot open .*\)\. To reinstall it: pip",
+    ),
     "no CuPy": (
         broken_import(ModuleNotFoundError("No module named 'cupy'", name="cupy")),
         r"CuPy is not installed\. To install it: pip install \"gpuinit\[cuda12\]\"",
@@ -340,6 +389,12 @@ def test_no_device_asked_for_is_no_warning(broken):
     assert gpuinit.he_normal((5, 7), seed=1, device="cpu").tobytes() == EXPECTED
 
 
+def test_a_device_that_is_no_name_is_an_error_whatever_cupy_is(broken):
+    for device in (5, 0.5, object()):
+        with pytest.raises(TypeError, match=r"^device must be None, \"cpu\", \"cuda\", \"cuda:N\" or a cupy"):
+            gpuinit.he_normal((5, 7), device=device)
+
+
 def test_out_on_a_device_that_cannot_be_used_is_an_error(broken):
     out = OffersInterface(cuda_sim.ndarray(np.ones((5, 7), np.float32)))
     with pytest.raises(RuntimeError, match=r"^out is on a CUDA device, but CUDA cannot be used: "):
@@ -425,6 +480,18 @@ def test_child_processes_fill_on_the_cpu(method):
         child.start()
     assert queue.get(timeout=60) == expected
     child.join()
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "module"])
+def test_a_folder_or_module_called_cupy_on_the_path_is_a_cause_of_the_fallback(tmp_path, kind):
+    """As users have it. A folder alone does not hide a CuPy that is installed; so it is not looked for there."""
+    place = tmp_path / ("cupy" if kind == "empty folder" else "cupy.py")
+    place.mkdir() if kind == "empty folder" else place.write_text("answer = 42")
+    hidden = "import sys; sys.path[:] = [p for p in sys.path if not glob.glob(p + '/cupy/__init__.py')]; "
+    code = f"import glob, gpuinit; {hidden if kind == 'empty folder' else ''}{CALL}"
+    answer = run(code, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert answer.startswith("numpy|CUDA cannot be used")
+    assert f"the cupy that Python finds is not CuPy ({place})" in answer
 
 
 # With the real CuPy, in a process of its own

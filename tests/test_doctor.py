@@ -7,14 +7,17 @@ import importlib.util
 import json
 import os
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import forget
 
 import gpuinit
 from gpuinit import __main__, devices, doctor, quantile
-from gpuinit.backends import cuda
+from gpuinit.backends import cpu, cuda
 
 TABLE = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
@@ -189,6 +192,92 @@ def test_a_broken_numba_is_a_failure_and_a_missing_one_is_not(monkeypatch):
     assert doctor.check_cpu("numba", "importing Numba failed")["status"] == "failed"
     monkeypatch.setattr("gpuinit.doctor.version", lambda package: "not installed")
     assert doctor.check_cpu("numba", "Numba is not installed")["status"] == "absent"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("GPUINIT_CPU_ENGINE", "cuda", "GPUINIT_CPU_ENGINE must be numpy or numba, got 'cuda'"),
+        ("GPUINIT_CPU_ENGINE", "", "GPUINIT_CPU_ENGINE must be numpy or numba, got ''"),
+        ("GPUINIT_NUM_THREADS", "0", "GPUINIT_NUM_THREADS must be an integer >= 1, got '0'"),
+        ("GPUINIT_NUM_THREADS", "two", "GPUINIT_NUM_THREADS must be an integer >= 1, got 'two'"),
+    ],
+)
+def test_a_setting_that_makes_every_fill_fail_is_a_failure(no_cuda, monkeypatch, capsys, name, value, cause):
+    monkeypatch.setenv(name, value)
+    status, text = run(capsys, "--json")
+    report = json.loads(text)
+    assert (status, report["healthy"]) == (1, False)
+    (check,) = [check for check in report["checks"] if check["status"] == "failed"]
+    assert (check["backend"], check["detail"]) == ("settings", f"{cause}. Correct or unset it")
+    assert statuses(report)["cpu, numpy"] == "ok"  # all else is as without the setting
+    assert os.environ[name] == value
+    with pytest.raises(ValueError, match=f"^{re.escape(cause)}$"):
+        gpuinit.he_normal(3, device="cpu")
+
+
+def test_an_engine_that_is_forced_and_not_there_is_a_failure(no_cuda, monkeypatch, capsys):
+    monkeypatch.setenv("GPUINIT_CPU_ENGINE", "numba")
+    monkeypatch.setattr(cpu, "numba_problem", lambda: "Numba is not installed. To install it: pip")
+    monkeypatch.setattr(doctor, "version", lambda package: "not installed")
+    status, text = run(capsys, "--json")
+    assert status == 1
+    assert statuses(json.loads(text)) | {"cuda": ""} == {
+        "settings": "failed",
+        "cpu, numpy": "ok",
+        "cpu, numba": "absent",
+        "cuda": "",
+    }
+    assert "GPUINIT_CPU_ENGINE is numba, but Numba is not installed" in text
+
+
+def test_settings_that_are_right_are_no_check(no_cuda, monkeypatch, capsys):
+    monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
+    status, text = run(capsys, "--json")
+    assert status == 0
+    assert "settings" not in statuses(json.loads(text))
+    assert "GPUINIT_NUM_THREADS=3" in json.loads(text)["facts"]["settings"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "mark"), [({}, 0, "absent"), ({"cupy": ["cupy-cuda12x"]}, 1, "failed")]
+)
+def test_a_module_called_cupy_is_told_and_is_a_fault_if_it_hides_cupy(
+    monkeypatch, capsys, installed, status, mark
+):
+    other = types.ModuleType("cupy")
+    other.__file__ = "/home/me/cupy.py"
+    monkeypatch.setitem(sys.modules, "cupy", other)
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: installed)
+    forget()
+    try:
+        found, text = run(capsys, "--json")
+    finally:
+        forget()
+    report = json.loads(text)
+    assert (found, statuses(report)["cuda"]) == (status, mark)
+    assert report["facts"]["CuPy"] == "not what `import cupy` finds: /home/me/cupy.py"
+    assert "cuda, nvrtc" not in statuses(report)
+
+
+def test_numba_is_not_loaded_within_little_address_space(no_cuda, monkeypatch):
+    monkeypatch.setattr(cpu, "free_address_space", lambda: 100 * 2**20)
+    monkeypatch.setattr(cpu, "compiled_kernels", set())
+    monkeypatch.setattr(cpu, "numba_problem", None)
+    check = doctor.check_numba()
+    assert check["status"] == "absent"
+    assert check["detail"].startswith("Numba needs 448 MiB of address space, and the limit of this process ")
+
+
+def test_cores_and_quota_are_told(monkeypatch):
+    monkeypatch.delenv("GPUINIT_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(cpu, "usable_cores", lambda: frozenset(range(8)))
+    for module in (cpu, doctor):
+        monkeypatch.setattr(module, "cpu_quota", lambda: 1.5)
+    assert doctor.describe_threads().endswith(
+        ", 16 cores, 8 of them for this process, a quota of 1.5 cores' time, 2 threads"
+    )
 
 
 def test_each_engine_is_the_one_that_is_checked_and_the_setting_comes_back(monkeypatch):

@@ -6,17 +6,21 @@ first. They write the same bits, so which one runs is a matter of time alone: se
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gpuinit import quantile
 from gpuinit.backends import Request
+from gpuinit.limits import cpu_quota, free_address_space
+from gpuinit.loading import can_load, loading, place_of, unfinished
 from gpuinit.quantile import Array
 from gpuinit.stream import Run, walk
 
@@ -52,6 +56,12 @@ COMPILED_ELEMENTS_PER_THREAD = 2**19
 ELEMENTS_TO_REPAY = 2**26
 SMALL = 2**18
 
+# Address space, in bytes, that Numba takes to load and compile a first function, and to compile another.
+# Measured in the growth of VmPeak with Numba 0.68 on x86-64 Linux: 181 MiB by the import, 149 by the first
+# function, 11 by one more. With 326 MiB left it ended in a segmentation fault, or never; with 365 it worked.
+ROOM_TO_LOAD = 448 * 2**20
+ROOM_FOR_ANOTHER = 64 * 2**20
+
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
 kept: dict[tuple[int, np.dtype], quantile.Scratch] = {}  # whoever uses one has taken it out
 compiled_kernels: set[tuple[np.dtype, int]] = set()  # dtypes and distributions whose function is loaded
@@ -82,31 +92,62 @@ def engine(size: int, dtype: np.dtype, distribution: int = quantile.TRUNCATED_NO
     """The engine that makes an array of this size now, loaded: "numpy" or "numba".
 
     GPUINIT_CPU_ENGINE decides; without it, Numba's is taken where it is loaded already for the dtype and
-    the distribution, or where loading it pays.
+    the distribution, or where loading it pays. A child forked while another thread was loading takes
+    NumPy's whatever the setting, for all that was not loaded: it would wait for ever.
     """
     setting = os.environ.get("GPUINIT_CPU_ENGINE")
     if setting not in (None, "numpy", "numba"):
         raise ValueError(f"GPUINIT_CPU_ENGINE must be numpy or numba, got {setting!r}")
-    if setting is None and (dtype, distribution) not in compiled_kernels:
-        pays = size >= SMALL and elements_made + size >= ELEMENTS_TO_REPAY
-        setting = "numba" if pays and numba_problem() is None else "numpy"
+    loaded = (dtype, distribution) in compiled_kernels
     if setting == "numpy":
         return "numpy"
-    problem = numba_problem()
+    if setting is None and not loaded and (size < SMALL or elements_made + size < ELEMENTS_TO_REPAY):
+        return "numpy"
+    if not loaded and unfinished():
+        return "numpy"
+    problem = (None if loaded else room_problem(1 if setting else 2)) or numba_problem()
+    if problem is not None and setting is None:
+        return "numpy"
     if problem is not None:
         raise ImportError(f"GPUINIT_CPU_ENGINE is numba, but {problem}")
-    from gpuinit import compiled
+    if not loaded:
+        from gpuinit import compiled
 
-    compiled.kernel(dtype, distribution)
-    compiled_kernels.add((dtype, distribution))
+        with loading("numba"):
+            compiled.kernel(dtype, distribution)
+        compiled_kernels.add((dtype, distribution))
     return "numba"
+
+
+def room_problem(times: int) -> str | None:
+    """Why Numba cannot be loaded within the limits of the process, with the remedy; None where it can.
+
+    Where it is asked for, they must leave room for it; where it only pays, twice as much: what the process
+    makes next has to find room too, as it would without.
+    """
+    needed = times * (ROOM_FOR_ANOTHER if compiled_kernels else ROOM_TO_LOAD)
+    free = free_address_space()
+    if free >= needed:
+        return None
+    return (
+        f"Numba needs {needed >> 20} MiB of address space, and the limit of this process leaves "
+        f"{max(0, int(free)) >> 20}. Raise the limit (ulimit -v, ulimit -d), or set GPUINIT_CPU_ENGINE=numpy"
+    )
 
 
 @cache
 def numba_problem() -> str | None:
     """Why Numba cannot be used, with the remedy; None where it can."""
     try:
-        from gpuinit import compiled  # noqa: F401
+        with loading("numba"):
+            import numba  # first: what is missing must be it, and not a part of it
+
+            if not hasattr(numba, "njit"):
+                return (
+                    f"the numba that Python finds is not Numba ({place_of(numba)}). "
+                    'To use it, rename that, and: pip install --upgrade "gpuinit[cpu]"'
+                )
+            from gpuinit import compiled  # noqa: F401
     except Exception as error:  # Numba refuses a NumPy that is newer than it knows
         if isinstance(error, ImportError) and error.name == "numba":
             return 'Numba is not installed. To install it: pip install "gpuinit[cpu]"'
@@ -162,46 +203,83 @@ def fill_with_numba(out: Array, runs: Iterable[Run], request: Request) -> None:
 
 
 def share(tiles: Generator[Tile], threads: int, work: Callable[[Iterator[Tile]], None]) -> None:
-    """Do the work on so many threads, this one among them, each of which draws a tile when it is free."""
-    if threads == 1:
+    """Do the work on so many threads, this one among them, each of which draws a tile when it is free.
+
+    No other thread works when this returns or raises, whatever is raised into it, and however often.
+    """
+    if threads == 1 or not can_load("concurrent.futures.thread"):
         work(tiles)
         return
-    from concurrent.futures import Future, wait  # here, as they are slow to import
 
     lock = threading.Lock()
+    stopped = False
+    failures: list[BaseException] = []
+    # Who holds its turn works. A helper that comes too late does not get it, and this thread may take it
+    # twice: so what is raised here, between any two lines, leaves nothing undone and nothing locked.
+    turns = [threading.RLock() for _ in range(threads - 1)]
 
     def draw() -> Iterator[Tile]:
         while True:
             with lock:
-                tile = next(tiles, None)
+                tile = None if stopped else next(tiles, None)
             if tile is None:
                 return
             yield tile
 
-    def draw_and_work() -> None:
+    def help_out(turn: Any) -> None:
+        nonlocal stopped
         try:
-            work(draw())
-        finally:  # after an error, leave the other threads nothing to do
-            with lock:
-                tiles.close()
+            if turn.acquire(blocking=False):
+                work(draw())
+        except BaseException as error:
+            failures.append(error)
+            stopped = True  # leaves the other threads nothing to do
+        finally:
+            with suppress(RuntimeError):  # it was not acquired
+                turn.release()
 
-    helping: list[Future[None]] = []
+    interrupts: list[BaseException] = []
     try:
-        try:
-            most = max(threads, thread_limit())  # which may have been lowered since
-            pool = helpers(most - 1, usable_cores(), os.getpid())
-            for _ in range(threads - 1):
-                helping.append(pool.submit(draw_and_work))
-        except RuntimeError:  # Python ends, or the system has no thread left: this one will do
-            pass
-        draw_and_work()
+        start(help_out, turns)
+        work(draw())
     finally:
-        with lock:  # nor after Ctrl-C
-            tiles.close()
-        helping = [helper for helper in helping if not helper.cancel()]  # those that began
-        wait(helping)
-    for helper in helping:
-        helper.result()
+        # Ctrl-C meets the inner `try`, or in between, where that begins again, the outer one. No call is
+        # outside of them, as Python raises what comes from without after a call or as a loop turns back.
+        waiting = True
+        while waiting:
+            try:
+                while waiting:
+                    try:
+                        stopped = True
+                        for turn in turns:
+                            turn.acquire()
+                        waiting = False
+                    except BaseException as error:
+                        interrupts = [error]
+            except BaseException as error:
+                interrupts = [error]
+        if interrupts:
+            raise interrupts.pop()  # so that the frame does not hold it, which holds the frame
+    if failures:
+        raise failures.pop()
+
+
+def start(help_out: Callable[[Any], None], turns: list[Any]) -> None:
+    """Have a helper for each turn, as far as there are threads."""
+    most = max(len(turns) + 1, thread_limit())  # which may have been lowered since
+    try:
+        pool = helpers(most - 1, usable_cores(), os.getpid())
+    except RuntimeError:  # Python ends, and lets nobody prepare for that any more
+        return
+    try:
+        for turn in turns:
+            pool.submit(help_out, turn)
+    except RuntimeError:  # Python ends, or the system has no thread left: those there are will do
+        return
+    except BaseException:  # a thread may run that the pool does not know, and would never tell to end
+        pool.shutdown(wait=False)
+        helpers.cache_clear()
+        raise
 
 
 @lru_cache(maxsize=1)
@@ -211,7 +289,8 @@ def helpers(threads: int, cores: frozenset[int], process: int) -> Executor:
     A forked child has none of its parent's, and a thread keeps to the cores that its maker could use. Those
     that this forgets end by themselves.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    with loading("concurrent.futures.thread"):
+        from concurrent.futures import ThreadPoolExecutor  # here, as it is slow to import
 
     return ThreadPoolExecutor(threads, "gpuinit")
 
@@ -341,13 +420,19 @@ def take_scratch(blocks: int, sample_type: np.dtype, memory: Array | None) -> qu
 
 
 def thread_limit() -> int:
-    """GPUINIT_NUM_THREADS, else the number of cores that the process may use."""
+    """GPUINIT_NUM_THREADS, else the cores that the process may use, as far as a container's quota lasts."""
     setting = os.environ.get("GPUINIT_NUM_THREADS")
     if setting is None:
-        return len(usable_cores())
+        return cores_in_time()
     if not setting.isdecimal() or int(setting) < 1:
         raise ValueError(f"GPUINIT_NUM_THREADS must be an integer >= 1, got {setting!r}")
     return int(setting)
+
+
+def cores_in_time() -> int:
+    """More threads than this would run in turns: with a quota of 1.5 cores, 2."""
+    cores, quota = len(usable_cores()), cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def usable_cores() -> frozenset[int]:
