@@ -484,7 +484,7 @@ def test_child_processes_fill_on_the_cpu(method):
 
 @pytest.mark.parametrize("kind", ["empty folder", "module"])
 def test_a_folder_or_module_called_cupy_on_the_path_is_a_cause_of_the_fallback(tmp_path, kind):
-    """As users have it. A folder alone does not hide a CuPy that is installed; so it is not looked for there."""
+    """A folder alone does not hide a CuPy that is installed, so none is looked for there."""
     place = tmp_path / ("cupy" if kind == "empty folder" else "cupy.py")
     place.mkdir() if kind == "empty folder" else place.write_text("answer = 42")
     hidden = "import sys; sys.path[:] = [p for p in sys.path if not glob.glob(p + '/cupy/__init__.py')]; "
