@@ -118,6 +118,53 @@ def test_a_parameter_that_a_derived_class_adds_to_a_recurrent_one_is_not_known()
     assert uncovered(layer) == {"gain"}
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Linear(3, 3), ("weight", "bias")),
+        (lambda: nn.Conv2d(3, 3, 3), ("weight", "bias")),
+        (lambda: nn.ConvTranspose1d(3, 3, 3), ("weight", "bias")),
+        (lambda: nn.Bilinear(3, 3, 3), ("weight", "bias")),
+        (lambda: nn.MultiheadAttention(4, 2), ("proj_weight", "proj_bias", "weight", "bias")),
+        (lambda: nn.GRU(3, 4), ("weight", "bias", "weight_ih", "weight_ih_l")),
+        (lambda: nn.LSTMCell(3, 4), ("weight", "bias", "weight_ih")),
+        (lambda: nn.PReLU(), ("weight",)),
+        (lambda: nn.LayerNorm(3), ("weight", "bias")),
+        (lambda: nn.BatchNorm1d(3), ("weight", "bias")),
+        (lambda: nn.Embedding(3, 3), ("weight",)),
+        (lambda: Conv1D(3, 3), ("weight", "bias")),
+    ],
+)
+@pytest.mark.parametrize("form", ["sigma_{}", "gate_{}", "log_{}", "{}_mask", "x{}"])
+@pytest.mark.parametrize("shape", [(3,), (3, 3)])
+def test_a_parameter_that_only_sounds_like_one_of_the_layer_s_is_not_known(
+    monkeypatch, make, words, form, shape
+):
+    """As the sigma_weight of a noisy layer, whose first value is none of the layer's."""
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", types.SimpleNamespace(Conv1D=Conv1D))
+    layer = make()
+    known = set(dict(layer.named_parameters()))
+    added = {form.format(word) for word in words}
+    for name in added:
+        layer.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    assert uncovered(layer) == added
+    assert known
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2),
+        lambda: nn.RNN(3, 4),
+        lambda: nn.LSTMCell(3, 4),
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=3, add_bias_kv=True),
+        lambda: nn.MultiheadAttention(4, 2),
+    ],
+)
+def test_all_of_a_layer_s_own_are_known(make):
+    assert uncovered(make()) == set()
+
+
 def test_bilinear():
     layer, stds = initialized(nn.Bilinear(6, 10, 8))
     assert stds == {"weight": pytest.approx(math.sqrt(2 / 60)), "bias": 0}

@@ -124,6 +124,23 @@ def test_what_cannot_be_filled_in_parts_is_refused(world):
         assert errors["integer"].startswith("TypeError: tensor must have dtype")
 
 
+def test_what_fully_shard_has_gathered_is_refused(world):
+    for found in world:
+        errors = found["errors"]
+        assert errors["gathered"].startswith("ValueError: module must be sharded")
+        assert errors["gathered, in streams"] == errors["gathered"]
+        assert errors["gathered, then sharded"] == "nothing was raised"
+
+
+def test_the_padding_rows_of_a_sharded_table_are_zero_whoever_else_has_it(world):
+    for found in world:
+        assert found["padding"] == {
+            f"{order}, {recipe}": rows
+            for order, rows in {"head first": [9], "head later": [9], "two": [2, 9]}.items()
+            for recipe in (None, "own")
+        }
+
+
 def test_a_collective_would_show(world):
     for found in world:
         assert "all_gather_into_tensor.default was called" in found["errors"]["collective"]

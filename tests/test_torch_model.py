@@ -11,11 +11,14 @@ import pytest
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 
 from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
+from torch.nn.utils.parametrize import register_parametrization  # noqa: E402
 from torch_devices import tobytes  # noqa: E402
 
 import gpuinit.torch as gt  # noqa: E402
 from gpuinit.distributions import TRUNCATED_STD  # noqa: E402
 from gpuinit.rules import Uncovered, refuse_uncovered  # noqa: E402
+from gpuinit.torch.names import WRAPPERS  # noqa: E402
 
 
 class Net(nn.Module):
@@ -98,6 +101,9 @@ def test_bfloat16_is_float32_rounded():
 # Names
 
 
+EMA = torch.optim.swa_utils.AveragedModel
+
+
 class Outer(nn.Module):
     """A child that only looks like what a wrapper holds."""
 
@@ -116,6 +122,7 @@ def checkpointed():
 @pytest.mark.parametrize(
     ("wrapped", "bare"),
     [
+        (lambda: EMA(Net()), ["embed.weight", "one.weight", "one.bias", "two.weight"]),
         (lambda: torch.compile(Net()), ["embed.weight", "one.weight", "one.bias", "two.weight"]),
         (lambda: nn.DataParallel(Net()), ["embed.weight", "one.weight", "one.bias", "two.weight"]),
         (
@@ -130,6 +137,68 @@ def checkpointed():
 )
 def test_names_are_those_of_the_bare_model(wrapped, bare):
     assert names(gt.initialize_(wrapped()))[: len(bare)] == bare
+
+
+def wrapper(package, kind, child):
+    """As a class of another package that holds a model."""
+
+    def init(self, model):
+        nn.Module.__init__(self)
+        self.add_module(child, model)
+
+    return type(kind, (nn.Module,), {"__init__": init, "__module__": f"{package}.somewhere"})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        EMA,
+        torch.ao.quantization.QuantWrapper,
+        nn.DataParallel,
+        torch.compile,
+        lambda model: EMA(nn.DataParallel(torch.compile(model))),
+        lambda model: type("Mine", (EMA,), {})(model),
+        *(wrapper(*row) for row in WRAPPERS),
+    ],
+)
+@pytest.mark.parametrize("recipe", [None, "own"])
+def test_a_wrapped_model_has_the_weights_of_its_model(wrap, recipe):
+    """At the top, and where it is a part."""
+    bare, wrapped = nn.ModuleDict({"a": Net(), "b": Net()}), nn.ModuleDict({"a": wrap(Net()), "b": Net()})
+    whole = wrap(Net())
+    for model in (bare, wrapped, whole):
+        rows = gt.initialize_(model, 3, recipe=recipe)
+    assert names(rows) == names(gt.initialize_(Net()))
+    assert list(weights(bare).values()) == list(weights(wrapped).values())
+    gt.initialize_(bare["a"], 3, recipe=recipe)
+    assert list(weights(bare["a"]).values()) == list(weights(whole).values())
+
+
+@pytest.mark.parametrize("child", sorted({child for *_, child in WRAPPERS}))
+def test_a_child_of_a_wrapper_s_word_keeps_its_name_elsewhere(child):
+    model = wrapper("mine", "DataParallel", child)(nn.Linear(3, 3))
+    assert names(gt.initialize_(model)) == [f"{child}.weight", f"{child}.bias"]
+    model = wrapper("torch", "Mine", child)(nn.Linear(3, 3))
+    assert names(gt.initialize_(model)) == [f"{child}.weight", f"{child}.bias"]
+    with gt.streams(model) as report:
+        nn.init.normal_(model.get_parameter(f"{child}.weight"))
+    assert names(report) == [f"{child}.weight", f"{child}.bias"]
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+@pytest.mark.parametrize("fill", [gt.initialize_, lambda model: gt.streams(model).__enter__()])
+def test_no_two_have_one_name_where_a_wrapper_is_left_out(kind, fill):
+    class Scaled(nn.DataParallel):
+        def __init__(self, model):
+            super().__init__(model)
+            self.weight = kind(torch.ones(1))
+
+    model = Scaled(nn.Linear(3, 3))
+    before = weights(model)
+    with pytest.raises(ValueError, match="rename one, got weight in a Scaled and in a Linear"):
+        fill(model)
+    assert weights(model) == before
 
 
 def test_names_and_order_are_those_of_named_parameters():
@@ -238,6 +307,141 @@ def test_the_padding_row_stays_zero(make, rules):
     gt.initialize_(module, rules=rules)
     zero = [row for row in range(10) if not module.weight[row].any()]
     assert zero == [7]
+
+
+class Transpose(nn.Module):
+    def forward(self, weight):
+        return weight.T
+
+    def right_inverse(self, weight):
+        return weight.T
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight[:5] * 2
+
+
+def padded(padding_idx, kind=nn.Embedding, **words):
+    return kind(10, 4, padding_idx=padding_idx, **words)
+
+
+def tied(**layers):
+    """Layers of one table, in this order."""
+    model = nn.ModuleDict(layers)
+    first, *others = model.values()
+    for other in others:
+        other.weight = first.weight
+    return model
+
+
+def viewed(first, second, view):
+    """Two layers with parameters of their own that share memory."""
+    second.weight = nn.Parameter(view(first.weight.detach()))
+    return nn.ModuleDict({"first": first, "second": second})
+
+
+def by_transpose():
+    """A table that is the transpose of a layer's weight."""
+    model = nn.ModuleDict({"linear": nn.Linear(10, 4, bias=False), "table": padded(2)})
+    register_parametrization(model["table"], "weight", Transpose())
+    model["table"].parametrizations.weight.original = model["linear"].weight
+    return model
+
+
+def by_attribute():
+    """The same where the table is no parameter, as it is set after `del`."""
+    model = nn.ModuleDict({"linear": nn.Linear(10, 4, bias=False), "table": padded(2)})
+    del model["table"].weight
+    model["table"].weight = model["linear"].weight.T
+    return model
+
+
+def by_buffer():
+    model = nn.ModuleDict({"linear": nn.Linear(4, 10, bias=False), "table": padded(2)})
+    del model["table"].weight
+    model["table"].register_buffer("weight", model["linear"].weight.detach())
+    return model
+
+
+def moved(table, padding_idx):
+    """The row is set later, and torch counts a negative one from the end."""
+    table.padding_idx = padding_idx
+    return table
+
+
+def linear():
+    return nn.Linear(4, 10, bias=False)
+
+
+TABLES = {
+    "Linear first": (lambda: tied(head=linear(), table=padded(2)), [2]),
+    "Linear later": (lambda: tied(table=padded(2), head=linear()), [2]),
+    "Linear twice": (lambda: tied(head=linear(), table=padded(-1), tail=linear()), [9]),
+    "an EmbeddingBag": (lambda: tied(head=linear(), bag=padded(2, nn.EmbeddingBag)), [2]),
+    "two rows": (lambda: tied(one=padded(2), two=padded(7)), [2, 7]),
+    "one row of two": (lambda: tied(one=nn.Embedding(10, 4), two=padded(7), head=linear()), [7]),
+    "a row set later": (lambda: moved(nn.Embedding(10, 4), -3), [7]),
+    "a view later": (lambda: viewed(padded(2), linear(), lambda table: table), [2]),
+    "a view before": (lambda: viewed(linear(), padded(2), lambda table: table), [2]),
+    "a transpose later": (
+        lambda: viewed(padded(2), nn.Linear(10, 4, bias=False), lambda table: table.T),
+        [2],
+    ),
+    "a parametrised transpose": (by_transpose, [2]),
+    "an attribute": (by_attribute, [2]),
+    "a buffer": (by_buffer, [2]),
+    "weight norm of rows": (lambda: parametrizations.weight_norm(padded(2)), [2]),
+    "weight norm of columns": (lambda: parametrizations.weight_norm(padded(2), dim=1), [2]),
+    "weight norm of all": (lambda: parametrizations.weight_norm(padded(2), dim=None), [2]),
+    "spectral norm": (lambda: parametrizations.spectral_norm(padded(2)), [2]),
+    "pruning": (lambda: prune.identity(padded(2), "weight"), [2]),
+}
+
+
+def tables(model):
+    embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+    for part in embeddings:  # hooks make the weight as a layer is called
+        for hook in part._forward_pre_hooks.values():
+            hook(part, ())
+    return [part.weight.detach() for part in embeddings]
+
+
+@pytest.mark.parametrize(("make", "rows"), TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("initializer", [gt.he_normal_, nn.init.ones_, nn.init.normal_])
+def test_the_padding_row_is_zero_whoever_else_has_the_table(make, rows, initializer):
+    model = make()
+    gt.initialize_(model, rules=[("*", initializer)])
+    for table in tables(model):
+        assert [row for row in range(10) if not table[row].any()] == rows
+
+
+def test_the_rest_of_a_tied_table_is_that_of_its_first_name():
+    model = tied(head=linear(), table=padded(2))
+    gt.initialize_(model)
+    expected = gt.he_normal_(torch.empty(10, 4), seed=0, name="head.weight")
+    expected[2] = 0
+    assert tobytes(model["table"].weight) == tobytes(expected)
+
+
+def test_the_padding_row_of_a_table_that_is_left_alone_is_too():
+    model = filled_with(tied(head=linear(), table=padded(2)), 7)
+    model["other"] = nn.Linear(3, 3)
+    gt.initialize_(model)
+    assert (model["table"].weight == 7).all()
+
+
+@pytest.mark.parametrize("normalize", [parametrizations.orthogonal, None])
+def test_a_padding_row_that_no_parameter_has_is_refused(normalize):
+    model = nn.ModuleDict({"linear": nn.Linear(3, 3), "table": padded(2)})
+    if normalize:
+        normalize(model["table"])
+    else:
+        register_parametrization(model["table"], "weight", Halved(), unsafe=True)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"padding_idx must be None where .* made by (_Orthogonal|Halved)"):
+        gt.initialize_(model, rules=[("*", gt.he_normal_)])
+    assert weights(model) == before
 
 
 # Rules of the caller
@@ -758,6 +962,40 @@ def test_a_fake_model_is_not_written_either():
     with FakeTensorMode():
         model = nn.Linear(3, 3)
     assert {row.written for row in gt.initialize_(model)} == {"meta, not written"}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("fill", [gt.initialize_, lambda model: gt.streams(model).__enter__()])
+def test_what_has_memory_is_not_filled_in_a_fake_mode(allowed, fill):
+    from torch._subclasses import FakeTensorMode
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = weights(model)
+    with FakeTensorMode(allow_non_fake_inputs=allowed), pytest.raises(ValueError, match="outside of FakeTen"):
+        fill(model)
+    assert weights(model) == before
+
+
+def test_a_model_partly_on_meta_says_what_was_not_written():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    with torch.no_grad():
+        for tensor in model.buffers():
+            tensor.fill_(7)
+    model[0].to("meta")
+    for name, parameter in model[1].named_parameters():  # as accelerate offloads it, without its statistics
+        model[1].register_parameter(name, nn.Parameter(parameter.to("meta")))
+    report = gt.initialize_(model)
+    assert [row.written for row in report] == ["meta, not written"] * 4 + ["whole"] * 4
+    assert model[1].running_mean.tolist() == [7] * 3
+    assert model[2].running_mean.tolist() == [0] * 3
+    (note,) = report.notes
+    assert note.startswith(
+        "Not written, as they are on meta or fake: 0.weight, 0.bias, 1.weight, 1.bias. Give"
+    )
+    with gt.streams(model) as streamed:
+        nn.init.normal_(model[0].weight)
+    assert streamed[0].written == "meta, not written"
+    assert note in streamed.notes
 
 
 ROWS = [

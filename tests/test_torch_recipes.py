@@ -366,3 +366,50 @@ def test_a_rule_of_torch_s_draws_from_the_stream_too():
     assert tobytes(model[1].bias) == tobytes(normal((4,), "1.bias"))
     expected = gt.init.kaiming_uniform_(torch.empty(4, 4), seed=0, name="1.weight")
     assert tobytes(model[1].weight) == tobytes(expected)
+
+
+# Padding rows of tables that are tied
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("order", [("table", "head"), ("head", "table"), ("head", "table", "again")])
+def test_the_padding_row_is_zero_whoever_else_is_reset(order, kind):
+    layers = {
+        "table": lambda: kind(6, 4, padding_idx=2),
+        "head": lambda: nn.Linear(4, 6, bias=False),
+        "again": lambda: nn.Linear(4, 6),
+    }
+    model = nn.ModuleDict({name: layers[name]() for name in order})
+    for layer in model.values():
+        layer.weight = model[order[0]].weight
+    gt.initialize_(poisoned(model), recipe="own")
+    assert [row for row in range(6) if not model["table"].weight[row].any()] == [2]
+
+
+def test_a_recipe_of_the_model_s_own_has_the_last_word_on_a_padding_row():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(6, 4, padding_idx=2)
+            self.head = nn.Linear(4, 6)
+            self.head.weight = self.table.weight
+
+        def init_weights(self):
+            nn.init.ones_(self.table.weight)
+            nn.init.zeros_(self.head.bias)
+
+    model = Model()
+    gt.initialize_(model, recipe="own")
+    assert (model.table.weight == 1).all()
+
+
+def test_a_model_of_transformers_whose_weights_are_tied_keeps_its_padding_row():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    words = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=20, pad_token_id=3, tie_word_embeddings=True, **words)
+    model = transformers.LlamaForCausalLM(config)
+    table = model.model.embed_tokens.weight
+    assert model.lm_head.weight is table
+    assert not table[3].any()
+    gt.initialize_(poisoned(model), recipe="own")
+    assert [row for row in range(20) if not table[row].any()] == [3]

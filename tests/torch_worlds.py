@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,46 @@ def worlds_models(world: int) -> dict[str, Callable[[], nn.Module]]:
     return models
 
 
+def tied(mesh: Any, layers: dict[str, Callable[[], Any]]) -> Any:
+    """Layers of one table, which is sharded."""
+    with torch.device("meta"):
+        model = nn.Sequential(OrderedDict((name, make()) for name, make in layers.items()))
+    first, *others = model
+    for other in others:
+        other.weight = first.weight
+    fully_shard(model, mesh=mesh)
+    poisoned(model)
+    for other in others:
+        other.weight = first.weight
+    return model
+
+
+def padding_rows(world: int) -> dict[str, list[int]]:
+    """The rows of 0 in tables that are tied, under rules and under the recipes of the parts."""
+    mesh = init_device_mesh("cpu", (world,))
+    head = {"head": lambda: nn.Linear(4, 11, bias=False)}
+    one = {"one": lambda: nn.Embedding(11, 4, padding_idx=9)}
+    two = {"two": lambda: nn.EmbeddingBag(11, 4, padding_idx=2)}
+    found = {}
+    for name, layers in {"head first": head | one, "head later": one | head, "two": one | head | two}.items():
+        for recipe in (None, "own"):
+            model = tied(mesh, layers)
+            # Under the recipe of an embedding torch itself gathers the table, to set the row.
+            with NoCollectives() if recipe is None else nullcontext():
+                gt.initialize_(model, SEED, recipe=recipe)
+            table = model[0].weight.full_tensor()
+            found[f"{name}, {recipe}"] = [row for row in range(11) if not table[row].any()]
+    return found
+
+
+def gathered(mesh: Any) -> Any:
+    """A model as a forward pass leaves it: the root's parameters are not sharded again."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    fully_shard(model, mesh=mesh)
+    model(torch.ones(1, 4))
+    return model
+
+
 def layouts(world: int) -> list[tuple[Any, list[Any]]]:
     """Meshes and placements of three axes."""
     mesh = init_device_mesh("cpu", (world,))
@@ -187,12 +229,15 @@ def errors(world: int) -> dict[str, str]:
     wrong = DTensor.from_local(
         torch.zeros(3, 5), mesh, [Shard(0)], run_check=False, shape=(30, 5), stride=(5, 1)
     )
-    model = fsdp(Net(), mesh)
+    model, again = fsdp(Net(), mesh), gathered(mesh)
     attempts: dict[str, Callable[[], Any]] = {
         "partial": lambda: gt.he_normal_(partial, seed=0),
         "no seed": lambda: gt.he_normal_(sharded),
         "no seed but a generator": lambda: gt.init.normal_(sharded, generator=torch.Generator()),
         "no seed for a model": lambda: gt.initialize_(model, seed=None),
+        "gathered": lambda: gt.initialize_(gathered(mesh)),
+        "gathered, in streams": lambda: gt.streams(gathered(mesh)).__enter__(),
+        "gathered, then sharded": lambda: again.reshard() or gt.initialize_(again),
         "wrong shard": lambda: gt.he_normal_(wrong, seed=0),
         "integer": lambda: gt.he_normal_(distribute_tensor(torch.zeros(8, dtype=torch.int32), mesh), seed=0),
         "collective": lambda: with_guard(sharded.full_tensor),
@@ -223,6 +268,7 @@ def run(rank: int, world: int, folder: str) -> None:
         "tensors": tensors(world),
         "draws": draws(world),
         "errors": errors(world),
+        "padding": padding_rows(world),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
@@ -20,8 +21,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gpuinit.distributions import TRUNCATED_STD
+from gpuinit.torch.adapters import ADAPTER_RULES, is_factor
 from gpuinit.torch.fill import recorded_stds
 from gpuinit.torch.in_place import he_normal_, normal_, truncated_normal_, uniform_, variance_scaling_
+from gpuinit.torch.padding import EMBEDDINGS
 from gpuinit.torch.shards import is_dtensor, parts
 
 Predicate = Callable[[nn.Module, str], bool]
@@ -31,9 +34,11 @@ Rule = tuple[str | Predicate, Initializer]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (RNNBase, RNNCellBase)
+# Of a layer in one direction or the other, or of a cell; hr is the projection of an LSTM.
+RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 NORMS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def he_normal_transposed_(
@@ -53,20 +58,25 @@ def prelu_(tensor: torch.Tensor, *, module: Any) -> None:
     nn.init.constant_(tensor, module.init)
 
 
-def parameter_of(types: Any, *endings: str) -> Predicate:
-    """True for parameters of these modules whose own name ends so."""
-    return lambda module, name: isinstance(module, types) and name.rpartition(".")[2].endswith(endings)
+def parameter_of(types: Any, *names: str) -> Predicate:
+    """True for parameters of these modules that are called so: a class derived from one may add others.
+
+    What is in an adapter has rules of its own: there a layer like all others is 0.
+    """
+    return lambda module, name: (
+        isinstance(module, types) and name.rpartition(".")[2] in names and not is_factor(name)
+    )
 
 
-def conv1d(ending: str) -> Predicate:
+def conv1d(own_name: str) -> Predicate:
     """The same for transformers' Conv1D, GPT-2's linear layer. Where that is not imported, nothing is one."""
     return lambda module, name: parameter_of(
-        getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()), ending
+        getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()), own_name
     )(module, name)
 
 
 def recurrent(module: nn.Module, name: str) -> bool:
-    return isinstance(module, RECURRENT) and name.rpartition(".")[2].startswith(("weight_", "bias_"))
+    return isinstance(module, RECURRENT) and RECURRENT_NAME.fullmatch(name.rpartition(".")[2]) is not None
 
 
 # What draws the weight of a layer, as it is or normalised.
@@ -76,7 +86,7 @@ WEIGHTS: tuple[tuple[Predicate, Initializer], ...] = (
     (conv1d("weight"), partial(he_normal_, in_axis=0, out_axis=1)),
     # Every output of x1 W x2 is a sum of in1 * in2 products, its fan_in.
     (parameter_of(nn.Bilinear, "weight"), partial(he_normal_, in_axis=(1, 2), out_axis=0)),
-    (parameter_of(nn.MultiheadAttention, "proj_weight"), he_normal_),
+    (parameter_of(nn.MultiheadAttention, *ATTENTION_WEIGHTS), he_normal_),
     (recurrent, recurrent_uniform_),
 )
 
@@ -146,7 +156,8 @@ def find_factor(layer: nn.Module, name: str) -> tuple[Initializer | None, str]:
     """What fills a parameter of which a weight in WEIGHTS is made, and the name of that weight."""
     for path, (weight, maker) in makers(layer).items():
         for ending, initializer in FACTORS[type(maker)].items():
-            if f".{name}".endswith(f".{path}{ending}") and find_weight(layer, weight):
+            fits = f".{name}".endswith(f".{path}{ending}") and not is_factor(name)
+            if fits and find_weight(layer, weight):
                 return initializer, weight
     return None, ""
 
@@ -162,12 +173,12 @@ def author(norm: nn.Module) -> tuple[type, bool]:
     return found, found.__module__.startswith("torch.nn.")
 
 
-def torch_norm(ending: str) -> Predicate:
-    """True for parameters of torch's norms whose own name ends so.
+def torch_norm(own_name: str) -> Predicate:
+    """True for parameters of torch's norms that are called so.
 
     A class derived from one that has its own `forward` may scale by 1 + weight, as Gemma's does: it is none.
     """
-    fits = parameter_of(NORMS, ending)
+    fits = parameter_of(NORMS, own_name)
     return lambda module, name: fits(module, name) and author(module)[1]
 
 
@@ -198,10 +209,11 @@ def reset_norm_(tensor: torch.Tensor, *, module: Any) -> None:
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     *((factor(initializer), initializer) for initializer in (magnitude_, direction_, negative_identity_)),
+    *ADAPTER_RULES,
     *WEIGHTS,
     (parameter_of((nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Bilinear), "bias"), nn.init.zeros_),
     (conv1d("bias"), nn.init.zeros_),
-    (parameter_of(nn.MultiheadAttention, "bias", "bias_k", "bias_v"), nn.init.zeros_),
+    (parameter_of(nn.MultiheadAttention, "in_proj_bias", "bias_k", "bias_v"), nn.init.zeros_),
     (parameter_of(nn.PReLU, "weight"), prelu_),
     (torch_norm("weight"), nn.init.ones_),
     (torch_norm("bias"), nn.init.zeros_),

@@ -24,11 +24,10 @@ from gpuinit.rules import (
     spare_frozen,
 )
 from gpuinit.stream import parse_seed
-from gpuinit.torch import default_rules, in_place, init
+from gpuinit.torch import adapters, default_rules, in_place, init
 from gpuinit.torch.default_rules import (
     BATCH_NORMS,
     DEFAULT_RULES,
-    EMBEDDINGS,
     Initializer,
     Rule,
     reset_buffers,
@@ -36,14 +35,20 @@ from gpuinit.torch.default_rules import (
 from gpuinit.torch.fill import check, checking, draw_seed, is_fake, recorded_stds, within
 from gpuinit.torch.graphs import outside_graphs
 from gpuinit.torch.names import named_parameters, walk
+from gpuinit.torch.padding import padded_tables, zero_row
 from gpuinit.torch.recipes import run_recipe
 from gpuinit.torch.shards import memory, parts
-from gpuinit.torch.streams import check_model, recipe_in_streams, streams
+from gpuinit.torch.streams import check_model, notes_on_meta, recipe_in_streams, streams
 
 CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_, default_rules.prelu_, default_rules.magnitude_)
 
-# The default rules' own functions that write by `fill` alone.
-DRAWING = (default_rules.direction_, default_rules.he_normal_transposed_, default_rules.recurrent_uniform_)
+# The default rules' own functions that write by `fill` alone, or check by themselves what they will write.
+DRAWING = (
+    default_rules.direction_,
+    default_rules.he_normal_transposed_,
+    default_rules.recurrent_uniform_,
+    adapters.dora_magnitude_,
+)
 
 CONVOLUTIONS = nn.modules.conv._ConvNd  # transposed ones too
 
@@ -149,12 +154,12 @@ def initialize_(
     found = owned_parameters(module)
     key = None if seed is None else parse_seed(seed)
     if recipe is None:
-        return by_rules(module, find_rules(found, chosen), key, strict)
+        return by_rules(module, find_rules(module, found, chosen), key, strict)
     key = draw_seed() if key is None else key
     with recipe_in_streams(module, key, frozen_names(module)) as report:
         notes = run_recipe(module, recipe)
     unwritten = {row.name for row in report if row.written == "not written"}
-    jobs = find_rules(owned_parameters(module), chosen)
+    jobs = find_rules(module, owned_parameters(module), chosen)
     empty = {job.name for job in jobs if not job.parameter.numel()}
     left = [job for job in jobs if job.name in unwritten - empty]
     drawn = {job.parameter for job in jobs if job.name not in unwritten}
@@ -189,7 +194,7 @@ def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Modu
         for _, part in walk(module)
         if is_parametrized(part)
         for kept in part.parametrizations.values()
-    }
+    } | adapters.magnitude_owners(module)
     found = [
         (name, parameter, layers.get(owner, owner)) for name, parameter, owner in named_parameters(module)
     ]
@@ -200,13 +205,18 @@ def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Modu
     return found
 
 
-def find_rules(found: Iterable[tuple[str, torch.Tensor, nn.Module]], chosen: list[Rule]) -> list[Job]:
+def find_rules(
+    module: nn.Module, found: Iterable[tuple[str, torch.Tensor, nn.Module]], chosen: list[Rule]
+) -> list[Job]:
     """The first rule that fits, for every parameter."""
     naming = spare_frozen(chosen, DEFAULT_RULES)
-    return [
-        Job(name, parameter, owner, find_rule(chosen if parameter.requires_grad else naming, owner, name))
-        for name, parameter, owner in found
-    ]
+    callers = [pair for pair in chosen if pair not in DEFAULT_RULES]
+    peft = adapters.left_to_peft(module)
+    jobs = []
+    for name, parameter, owner in found:
+        rules = (callers if f"{name}.".startswith(peft) else chosen) if parameter.requires_grad else naming
+        jobs.append(Job(name, parameter, owner, find_rule(rules, owner, name)))
+    return jobs
 
 
 def by_rules(
@@ -234,12 +244,14 @@ def by_rules(
             [job.name for job in jobs if not job.parameter.requires_grad],
         )
     report = Report()
-    filled, frozen = set[torch.Tensor](), set[torch.Tensor]()
+    filled, left = set[torch.Tensor](), set[torch.Tensor]()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for job in jobs:
             if job.initializer is not None:
                 check_rule(job.initializer, job.parameter, key or 0, job.name, job.owner)
+        for table, _ in padded_tables(module, {job.parameter for job in jobs if job.initializer is not None}):
+            parts(table)
         key = draw_seed() if key is None else key
         if within.get() is None and any(draws_by_torch(job.initializer) for job in jobs):
             stack.enter_context(streams(module, key))
@@ -247,17 +259,21 @@ def by_rules(
             rule, std, written = "-", None, "not written"
             if initializer is not None:
                 rule, std = describe(initializer), apply(initializer, parameter, key, name, owner)
-                written = "meta, not written" if is_fake(memory(parameter)) else "whole"
-                filled.add(parameter)
+                fake = is_fake(memory(parameter))
+                written = "meta, not written" if fake else "whole"
+                (left if fake else filled).add(parameter)
             elif not parameter.requires_grad:
                 written = "frozen"
-                frozen.add(parameter)
+                left.add(parameter)
             dtype = str(parameter.dtype).removeprefix("torch.")
             report.append(Row(name, tuple(parameter.shape), dtype, rule, std, written))
+        report.notes += notes_on_meta(report)
+        for table, row in padded_tables(module, filled):
+            zero_row(table, row)
         new = filled | (drawn or set())
         for prefix, part in walk(module):
             own = set(part.parameters(recurse=False))
-            left_alone = not own & filled if after_recipe else bool(own) and own <= frozen
+            left_alone = not own & filled if after_recipe else bool(own) and own <= left
             if not (isinstance(part, BATCH_NORMS) and left_alone):
                 reset_buffers(part, prefix, key, new)
     return report
@@ -298,8 +314,6 @@ def check_rule(
             )
         if parameter.ndim > 2 and not isinstance(owner, CONVOLUTIONS) and not AXES & words.keys():
             refuse_fans(initializer, tuple(parameter.shape))
-        if has_padding(owner, name):
-            parts(parameter)
         if is_ours(function):
             token = checking.set(True)
             try:
@@ -371,8 +385,6 @@ def apply(
         stds = recorded_stds.get()
     finally:
         recorded_stds.reset(token)
-    if has_padding(owner, name):
-        zero_row(parameter, owner.padding_idx)
     if initializer in CONSTANTS:
         return 0.0
     return stds[-1] if stds else None
@@ -404,15 +416,3 @@ def describe(initializer: Initializer) -> str:
 
 def format_argument(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
-
-
-def has_padding(owner: Any, name: str) -> bool:
-    is_table = isinstance(owner, EMBEDDINGS) and name.rpartition(".")[2] == "weight"
-    return is_table and owner.padding_idx is not None
-
-
-def zero_row(parameter: torch.Tensor, row: int) -> None:
-    _, places = parts(parameter)
-    for tensor, starts in places:
-        if starts[0] <= row < starts[0] + tensor.shape[0]:
-            tensor[row - starts[0]].zero_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpuinit.torch.names import is_wrapper, named_parameters
+from gpuinit.torch.adapters import check_adapters, reset_adapters
+from gpuinit.torch.names import is_wrapper, named_parameters, walk
+from gpuinit.torch.padding import EMBEDDINGS, zero_row
 from gpuinit.torch.shards import is_dtensor
 
 # Of a whole model: torchtitan's; timm's and many a model's.
@@ -42,6 +45,8 @@ def run_own(module: nn.Module) -> list[str]:
     done: dict[str, None] = {}  # notes, each once
     seen: set[nn.Module] = set()
     top = bare(module)
+    tied = tied_tables(module)
+    check_adapters(module)
 
     def visit(part: nn.Module) -> None:
         if part in seen:
@@ -60,6 +65,7 @@ def run_own(module: nn.Module) -> list[str]:
         own, whole, each = entry(part, OWN), entry(part, WHOLE), entry(part, EACH, GIVEN)
         if own:
             getattr(part, own)()
+            zero_padding(tied, part)
         if whole:
             getattr(part, whole)()
             done[f"Reset the parts of {name}, then ran its {whole}."] = None
@@ -76,7 +82,26 @@ def run_own(module: nn.Module) -> list[str]:
             ] = None
 
     visit(module)
-    return list(done)
+    return [*done, *reset_adapters(module)]
+
+
+def tied_tables(module: nn.Module) -> dict[torch.Tensor, list[Any]]:
+    """The embeddings with a padding row that share their table with other modules."""
+    owners = Counter(table for _, part in walk(module) for table in part.parameters(recurse=False))
+    found: dict[torch.Tensor, list[Any]] = {}
+    for _, part in walk(module):
+        if isinstance(part, EMBEDDINGS) and part.padding_idx is not None:
+            for table in part.parameters(recurse=False):
+                if owners[table] > 1:
+                    found.setdefault(table, []).append(part)
+    return found
+
+
+def zero_padding(tied: dict[torch.Tensor, list[Any]], part: nn.Module) -> None:
+    """Set the padding rows to 0 again that another owner of the table has written."""
+    for table in part.parameters(recurse=False):
+        for embedding in tied.get(table, ()):
+            zero_row(table, embedding.padding_idx)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -144,6 +169,9 @@ def run_transformers(model: Any) -> list[str]:
             vars(marked).pop("_is_hf_initialized", None)
     with as_transformers_own(model) as note:
         getattr(model, name)()
+    tied = tied_tables(model)
+    for part in model.modules():  # a new model ties its weights afterwards
+        zero_padding(tied, part)
     return notes + note
 
 

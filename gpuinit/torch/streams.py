@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +32,7 @@ from gpuinit.rules import Report, Row
 from gpuinit.stream import parse_name, parse_seed, row_major
 from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
 from gpuinit.torch.init import parse_truncated
-from gpuinit.torch.names import named_parameters, walk
+from gpuinit.torch.names import is_gathered, named_parameters, walk
 from gpuinit.torch.shards import is_dtensor, local_slices, memory, parts
 from gpuinit.torch.views import Place, places
 
@@ -164,7 +165,18 @@ def check_model(module: Any, seed: SupportsIndex | None) -> None:
     """Raise where it is no module, or needs a seed that all ranks share and has none."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if seed is None and any(is_dtensor(parameter) for _, parameter, _ in named_parameters(module)):
+    parameters = [parameter for _, parameter, _ in named_parameters(module)]
+    if detect_fake_mode() is not None and not all(is_fake(memory(parameter)) for parameter in parameters):
+        raise ValueError(
+            "module must be filled outside of FakeTensorMode, where nothing reaches memory, got one whose "
+            "parameters are not fake"
+        )
+    if any(is_gathered(part) for _, part in walk(module)):
+        raise ValueError(
+            "module must be sharded, as what is written to gathered parameters is lost; call its reshard(), "
+            "got one that fully_shard has gathered"
+        )
+    if seed is None and any(map(is_dtensor, parameters)):
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
 
 
@@ -746,6 +758,7 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
         missing = [row.name for row in report if row.written == "not written" and row.name not in self.spared]
         if missing:
             report.notes.append(f"The recipe never wrote {listing(missing)}.")
+        report.notes += notes_on_meta(report)
         temporary = [row.name for row in report if row.written == "temporary"]
         if temporary:
             report.notes.append(f"Drawn on temporaries: {listing(temporary)}.")
@@ -756,6 +769,13 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
 def listing(names: list[str]) -> str:
     """The first five, and how many more there are: the rows have them all."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def notes_on_meta(report: Report) -> list[str]:
+    """What to do where there was nothing to write to."""
+    names = [row.name for row in report if row.written == "meta, not written"]
+    remedy = "Give them memory first, by to_empty or accelerate's remove_hook_from_submodules."
+    return [f"Not written, as they are on meta or fake: {listing(names)}. {remedy}"] if names else []
 
 
 def row_of(name: str, tensor: Any, writes: list[Write]) -> Row:
