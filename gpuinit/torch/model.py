@@ -80,10 +80,10 @@ def initialize_(
     """Fill every parameter of a model, each from a stream of its own, keyed by its fully qualified name.
 
     Adding a layer or changing the order of layers changes no other parameter, and no two parameters are
-    alike. The weights are the same for one process and for any number of ranks, sharded or offloaded in any
-    way: every rank makes its own shard, and no collective is called, but to gather what has a spectral norm.
-    For the large-model path build on meta, then `fully_shard`, `to_empty` and this; where weights are tied,
-    tie them again after `to_empty`, which separates them.
+    alike. The weights are the same for one process and for any number of ranks, sharded or offloaded by
+    `fully_shard` in any way: every rank makes its own shard, and no collective is called, but to gather what
+    has a spectral norm and the bases of DoRA. For the large-model path build on meta, then `fully_shard`,
+    `to_empty` and this; where weights are tied, tie them again after `to_empty`, which separates them.
 
     The default rules are `DEFAULT_RULES`:
 
@@ -95,14 +95,19 @@ def initialize_(
         spectral norm of these        weight as above, singular vectors found anew
         orthogonal weights            uniformly among all
         PReLU                         its own init
+        LoRA of PEFT and torchtune    A uniform in +-1 / sqrt(fan_in), B 0; DoRA's norms those of the base
         BatchNorm, LayerNorm, ...     weight 1, bias 0
         other norms                   as their reset_parameters has it; without one not covered
         Embedding, EmbeddingBag       weight truncated normal, standard deviation 0.02
 
-    Whatever the rules, the padding_idx row of an embedding that is filled is set to 0, as torch does, and the
-    running statistics of batch norms are reset. Other buffers are left alone: after `to_empty` compute them
-    again. The singular vectors of spectral norms and the bases of orthogonal weights are made anew from the
-    seed where the parameter is filled; the bits of these two may differ between devices.
+    They are for the parameters that torch gives a layer, by their exact names: one that a derived class adds
+    is not covered. Nor are PEFT's other adapters, or LoRA's where its configuration has them made otherwise.
+
+    Whatever the rules, the padding_idx row of an embedding that is filled is set to 0, as torch does, also
+    where a layer before it, or other embeddings, have the same table; and the running statistics of batch
+    norms are reset. Other buffers are left alone: after `to_empty` compute them again. The singular vectors
+    of spectral norms, the bases of orthogonal weights and the norms of DoRA are made anew where the parameter
+    is filled; the bits of these three may differ between devices.
 
     A frozen parameter, one that does not require grad, is left alone, and the running statistics of a batch
     norm with it where all its parameters are, unless the rule that fits it is the caller's own and says more
@@ -113,9 +118,11 @@ def initialize_(
     of (out, in).
 
     Args:
-        module: The model, bare or in `fully_shard`, `torch.compile`, DistributedDataParallel, and with
-            parameters on any device. Names are those of the bare model. A parameter with several names is
-            filled once, under the first, as `named_parameters` counts them.
+        module: The model, with parameters on any device, bare or in what wraps it: `fully_shard`,
+            `torch.compile`, DistributedDataParallel, AveragedModel, PEFT, DeepSpeed, timm's averages, Fabric.
+            Names are those of the bare model, so that an average starts as its model does, and a base as it
+            does without adapters. A parameter with several names is filled once, under the first, as
+            `named_parameters` counts them.
         seed: An integer in [0, 2**64), the same on every rank. None draws one from torch's default CPU
             generator, where no parameter is a DTensor.
         rules: Pairs (pattern, initialiser), of which the first that fits is taken. A pattern is a glob on the
@@ -135,11 +142,13 @@ def initialize_(
 
     Returns:
         A row for every parameter: name, shape, dtype, rule, standard deviation and what was written: "whole",
-        "frozen", "not written", "meta, not written", or what `streams` has. `print` shows a table.
+        "frozen", "not written", "meta, not written" for what has no memory, which a note says too, or what
+        `streams` has. `print` shows a table.
 
     Raises:
         ValueError: No rule covers a parameter, and strict (after a recipe, which has written the others
-            then); or a rule has to name axes and does not.
+            then); a rule has to name axes and does not; two parameters have one name where a wrapper is left
+            out; or what is written would be lost: in FakeTensorMode, or where `fully_shard` has gathered.
         TypeError, ValueError, RuntimeError: As for `he_normal_`, with the name of the parameter.
 
     All parameters are checked before one is written, so that after an error the model is as it was; but what
