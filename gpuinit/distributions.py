@@ -8,7 +8,6 @@ Nothing here knows a shape, an array or a device.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from numbers import Real
@@ -18,6 +17,7 @@ import numpy as np
 
 from gpuinit import quantile
 from gpuinit.quantile import Array, Numbers
+from gpuinit.stream import is_scalar
 
 # Standard deviation of the unit normal truncated at +-2: sqrt(1 - 4*phi(2) / (2*Phi(2) - 1)), where phi and
 # Phi are the normal density and distribution function. tests/test_fans.py derives it. Keras and JAX divide
@@ -218,8 +218,8 @@ def parse_number(argument: str, value: Any, least: float | None = None, finite: 
     if least is not None:
         wanted += f" >= {least}"
     if type(value) is not float:
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        if not real and not (getattr(value, "shape", None) == () and is_real(value)):
+        is_plain = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_scalar(value, "bfloat|float|int|uint") if hasattr(value, "dtype") else is_plain):
             raise TypeError(f"{wanted}, got {value!r}")
     try:
         number = float(value) + 0.0  # one zero: what is remembered by it must not depend on its sign
@@ -232,15 +232,6 @@ def parse_number(argument: str, value: Any, least: float | None = None, finite: 
     if number == 0 and value != 0:  # a fraction, say
         raise ValueError(f"{wanted} that float64 does not round to 0, got {value!r}")
     return number
-
-
-def is_real(array: Any) -> bool:
-    """By the name of its dtype, which every library has: float32, torch.float32, bfloat16, int8."""
-    dtype = getattr(array, "dtype", None)
-    return (
-        re.match(r"(bfloat|float|int|uint)\d", getattr(dtype, "name", str(dtype)).rpartition(".")[2])
-        is not None
-    )
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache, lru_cache
 from math import prod
@@ -33,18 +34,33 @@ class Run(NamedTuple):
 
 
 def as_integer(value: object, wanted: str, got: object) -> int:
-    """An integer of any library as an int; truth values and all else raise a TypeError: wanted, got.
+    """An integer of any library as an int, 0-d arrays too; truth values, arrays with axes and all else raise
+    a TypeError: wanted, got.
 
     The message is put together only then: repr takes longer than the rest of a call.
     """
     if type(value) is int:
         return value
-    if type(value).__name__ in ("bool", "bool_"):
-        raise TypeError(f"{wanted}, got {got!r}")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{wanted}, got {got!r}") from None
+    is_array = hasattr(value, "dtype")
+    if is_scalar(value, "int|uint") if is_array else not isinstance(value, bool):
+        try:
+            # By item, as torch's own index ends at 2**63.
+            return operator.index(value.item() if is_array and hasattr(value, "item") else value)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError):  # an array without a value, as under jit or on meta, too
+            pass
+    raise TypeError(f"{wanted}, got {got!r}")
+
+
+def is_scalar(array: Any, kinds: str) -> bool:
+    """Whether it is a 0-d array of one of these kinds of numbers, of any library.
+
+    By the name of its dtype, which every library has: float32, torch.float32, bfloat16, int8.
+    """
+    if getattr(array, "shape", None) != ():
+        return False
+    dtype = getattr(array, "dtype", None)
+    name = getattr(dtype, "name", str(dtype)).rpartition(".")[2]
+    return re.match(rf"({kinds})\d", name) is not None
 
 
 def as_integers(value: object, wanted: str) -> tuple[int, ...]:
@@ -127,10 +143,11 @@ def parse_index(
         if isinstance(item, slice):
             if item.step is not None and as_integer(item.step, wanted, index) != 1:
                 raise ValueError(f"index must hold slices of step 1, got {index!r}")
-            try:
-                start, stop, _ = item.indices(length)
-            except TypeError:
-                raise TypeError(f"{wanted}, got {index!r}") from None
+            bounds = (
+                None if bound is None else as_integer(bound, wanted, index)
+                for bound in (item.start, item.stop)
+            )
+            start, stop, _ = slice(*bounds).indices(length)
             count = stop - start if stop > start else 0
             starts.append(start)
             lengths.append(count)

@@ -61,3 +61,66 @@ def test_an_array_on_no_device_is_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"^limit must be a finite number >= 0 that is known now, got tensor"):
         gpuinit.uniform(3, torch.tensor(1.0, device="meta"), device="cpu")
+
+
+@pytest.mark.parametrize("library", ARRAYS)
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "uint32"])
+def test_0d_arrays_are_integers(library, dtype):
+    none, one, two = (ARRAYS[library](value, dtype) for value in range(3))
+    made = partial(gpuinit.he_normal, device="cpu")
+    expected = made((2, 2), seed=1, in_axis=1, out_axis=0, batch_axis=(), index=np.s_[1, 1:2])
+    axes = {"in_axis": one, "out_axis": (none,)}
+    given = made((two, two), seed=one, **axes, index=(one, slice(one, two, one)))
+    assert given.tobytes() == expected.tobytes()
+    assert made(two, seed=0).tobytes() == made(2, seed=0).tobytes()
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])  # JAX has 64 bits only where it is told so
+def test_0d_arrays_of_64_bits_are_seeds(library):
+    for seed, dtype in ((2**63 - 1, "int64"), (2**63, "uint64"), (2**64 - 1, "uint64")):
+        made = gpuinit.he_normal(3, seed=ARRAYS[library](seed, dtype), device="cpu")
+        assert made.tobytes() == gpuinit.he_normal(3, seed=seed, device="cpu").tobytes()
+
+
+INTEGERS = {
+    "seed": lambda value: {"seed": value},
+    "shape": lambda value: {"shape": value},
+    "a length": lambda value: {"shape": (2, value)},
+    "in_axis": lambda value: {"in_axis": value},
+    "an axis": lambda value: {"out_axis": (value,)},
+    "batch_axis": lambda value: {"batch_axis": value},
+    "index": lambda value: {"index": value},
+    "start": lambda value: {"index": slice(value, None)},
+    "stop": lambda value: {"index": (0, slice(value))},
+    "step": lambda value: {"index": slice(None, None, value)},
+}
+
+
+@pytest.mark.parametrize("library", ARRAYS)
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(True, "bool"), ([1], "int32"), ([[1]], "int32"), (1, "float32"), (1, "complex64")]
+)
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_arrays_that_are_no_integers_are_refused(library, value, dtype, argument):
+    if isinstance(value, list) and argument in ("shape", "in_axis", "batch_axis"):
+        value = [value]  # where arrays are sequences of numbers
+    given = INTEGERS[argument](ARRAYS[library](value, dtype))
+    with pytest.raises(TypeError, match=r"^(seed|shape|in_axis|out_axis|batch_axis|index) must .*, got "):
+        gpuinit.he_normal(**{"shape": (2, 2), "seed": 0, "device": "cpu"} | given)
+
+
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_truth_values_are_no_integers(argument):
+    for value in (True, np.True_, np.timedelta64(1)):
+        with pytest.raises(TypeError, match=r"^(seed|shape|in_axis|out_axis|batch_axis|index) must .*, got "):
+            gpuinit.he_normal(**{"shape": (2, 2), "seed": 0, "device": "cpu"} | INTEGERS[argument](value))
+    with pytest.raises(TypeError, match=r"^stddev must be .*, got "):
+        gpuinit.normal(3, np.timedelta64(1))
+
+
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_integers_that_have_no_value_are_refused(argument):
+    torch = pytest.importorskip("torch")
+    given = INTEGERS[argument](torch.tensor(1, device="meta"))
+    with pytest.raises(TypeError, match=r"^(seed|shape|in_axis|out_axis|batch_axis|index) must .*, got "):
+        gpuinit.he_normal(**{"shape": (2, 2), "seed": 0, "device": "cpu"} | given)
