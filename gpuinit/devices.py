@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuinit import tensors
 from gpuinit.limits import free_address_space
 from gpuinit.loading import can_load, loading, place_of
 
@@ -96,7 +97,8 @@ def find_stack_level() -> int:
     """The stack level, for warnings.warn in the caller, of the first frame outside this package."""
     level = 1
     frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "gpuinit":
+    ours = ("gpuinit.", "torch._dynamo.")  # that keeps us out of graphs
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
         frame = frame.f_back
         level += 1
     return level
@@ -233,9 +235,13 @@ def cuda_device_count() -> int:
 
 def adopt(out: Any) -> tuple[Any, int | None, bool]:
     """out as a NumPy or CuPy array on the same memory, its device, and whether it may be written."""
+    if tensors.is_tensor(out):
+        tensors.check_out(out)
     try:
         if isinstance(out, np.ndarray):
             return host(np.asarray(out))  # the data of a subclass, whatever it masks
+        if tensors.is_tensor(out) and out.device.type == "cpu":  # its DLPack has no bfloat16 for NumPy
+            return host(tensors.as_numpy(out))
         if hasattr(out, "__dlpack__"):  # first, as the CUDA array interface has no bfloat16
             kind, number = out.__dlpack_device__()
             if kind in DLPACK_CPU:

@@ -219,7 +219,7 @@ def parse_number(argument: str, value: Any, least: float | None = None, finite: 
         wanted += f" >= {least}"
     if type(value) is not float:
         is_plain = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_scalar(value, "bfloat|float|int|uint") if hasattr(value, "dtype") else is_plain):
+        if not (is_real(value) if hasattr(value, "dtype") else is_plain):
             raise TypeError(f"{wanted}, got {value!r}")
     try:
         number = float(value) + 0.0  # one zero: what is remembered by it must not depend on its sign
@@ -232,6 +232,11 @@ def parse_number(argument: str, value: Any, least: float | None = None, finite: 
     if number == 0 and value != 0:  # a fraction, say
         raise ValueError(f"{wanted} that float64 does not round to 0, got {value!r}")
     return number
+
+
+def is_real(array: Any) -> bool:
+    """Whether it is a 0-d array of real numbers, of any library."""
+    return is_scalar(array, "bfloat|float|int|uint")
 
 
 @lru_cache(maxsize=256)

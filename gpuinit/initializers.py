@@ -29,6 +29,7 @@ from gpuinit.distributions import (
 )
 from gpuinit.fans import Axes, fans
 from gpuinit.stream import MAX_SIZE, Index, parse_index, parse_name, parse_seed, parse_shape, runs
+from gpuinit.tensors import outside_graphs
 
 Shape = SupportsIndex | Sequence[SupportsIndex]
 
@@ -38,6 +39,7 @@ DTYPES = {
 UNMADE = object()  # as `out`: check everything, make nothing and return what would be drawn
 
 
+@outside_graphs
 def he_normal(
     shape: Shape,
     *,
@@ -103,6 +105,7 @@ def he_normal(
     return scaled(shape, HE_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def he_uniform(
     shape: Shape,
     *,
@@ -128,6 +131,7 @@ def he_uniform(
     return scaled(shape, HE_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def glorot_normal(
     shape: Shape,
     *,
@@ -153,6 +157,7 @@ def glorot_normal(
     return scaled(shape, GLOROT_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def glorot_uniform(
     shape: Shape,
     *,
@@ -178,6 +183,7 @@ def glorot_uniform(
     return scaled(shape, GLOROT_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def lecun_normal(
     shape: Shape,
     *,
@@ -203,6 +209,7 @@ def lecun_normal(
     return scaled(shape, LECUN_NORMAL, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def lecun_uniform(
     shape: Shape,
     *,
@@ -228,6 +235,7 @@ def lecun_uniform(
     return scaled(shape, LECUN_UNIFORM, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def variance_scaling(
     shape: Shape,
     scale: float = 1.0,
@@ -264,6 +272,7 @@ def variance_scaling(
     return scaled(shape, recipe, seed, name, dtype, device, out, index, in_axis, out_axis, batch_axis)
 
 
+@outside_graphs
 def normal(
     shape: Shape,
     stddev: float = 0.05,
@@ -294,6 +303,7 @@ def normal(
     return make(parse_shape(shape), parse_normal(stddev, mean), seed, name, dtype, device, out, index)
 
 
+@outside_graphs
 def truncated_normal(
     shape: Shape,
     stddev: float = 0.05,
@@ -337,6 +347,7 @@ def truncated_normal(
     return make(parse_shape(shape), draw, seed, name, dtype, device, out, index)
 
 
+@outside_graphs
 def uniform(
     shape: Shape,
     *ends: float,

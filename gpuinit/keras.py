@@ -278,7 +278,7 @@ def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
 
         return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]
     if backend == "torch":
-        from gpuinit.torch.graphs import outside_graphs
+        from gpuinit.tensors import outside_graphs
 
         return outside_graphs(function)
     return function

@@ -9,14 +9,23 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
-from torch._subclasses import FakeTensor
+from torch import nn
 
 from gpuinit import devices
 from gpuinit.backends import Request, cpu, cuda
 from gpuinit.distributions import Draw, find_sampling
 from gpuinit.initializers import DTYPES
 from gpuinit.stream import Run, parse_name, parse_seed, row_major, strided_runs
-from gpuinit.torch.graphs import refuse_traced
+from gpuinit.tensors import (
+    GATHER,
+    as_numpy,
+    is_fake,
+    is_wrapper,
+    overlaps,
+    refuse_missing_memory,
+    refuse_placeholder,
+    refuse_traced,
+)
 from gpuinit.torch.shards import is_dtensor, memory, parts
 
 SCRATCH = 2**21  # elements, for what cannot be written where it lies
@@ -34,19 +43,28 @@ TORCH_DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items()}
 
 
 def check(tensor: Any) -> None:
+    """Raise unless it is a tensor, or a DTensor of such, that can be filled and keeps what is filled in."""
+    check_fillable(tensor)
+    refuse_computed(tensor)
+
+
+def check_fillable(tensor: Any) -> None:
     """Raise unless it is a tensor, or a DTensor of such, that can be filled."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     refuse_traced(tensor)
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         raise TypeError(
             "tensor must have a shape; run the lazy module once before, got an uninitialized parameter"
         )
+    refuse_placeholder(tensor)
     tensor = memory(tensor)
-    if hasattr(type(tensor), "__tensor_flatten__"):  # a wrapper round other tensors: it has no memory itself
+    if is_wrapper(tensor):
         raise TypeError(f"tensor must be a plain tensor or a DTensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"tensor must be dense, got layout {tensor.layout}")
+    if tensor.is_nested:
+        raise TypeError("tensor must be dense, got a nested one")
     if tensor.dtype not in TORCH_DTYPES:
         raise TypeError(f"tensor must have dtype {', '.join(DTYPES)}, got {tensor.dtype}")
     if overlaps(tensor):
@@ -54,17 +72,60 @@ def check(tensor: Any) -> None:
             "tensor must not hold elements that share memory, as an expanded one does; fill it before, "
             f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
+    refuse_missing_memory(tensor)
 
 
-def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether elements may share memory: an axis steps no further than those inside it reach."""
-    reach = 0
-    axes = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, length in sorted((stride, length) for stride, length in axes if length != 1):
-        if stride <= reach and tensor.numel():
-            return True
-        reach += (length - 1) * stride
-    return False
+def refuse_computed(tensor: torch.Tensor) -> None:
+    """Raise where autograd knows that it is computed from others, and will be again without the fill.
+
+    What was computed under no_grad looks like any other tensor.
+    """
+    owner = tensor if tensor._base is None else tensor._base
+    if not (tensor.is_leaf or owner.is_leaf):
+        raise ValueError(
+            "tensor must be a leaf or a view of one, as what is computed from others is computed anew; fill "
+            "these (weight_g and weight_v, weight_orig, parametrizations.weight.original), got the result of "
+            f"{owner.grad_fn.name()}"
+        )
+
+
+# What a module of torch makes the shapes of its parameters from.
+SIZES = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Bilinear: ("out_features", "in1_features", "in2_features"),
+    nn.modules.conv._ConvNd: ("out_channels", "in_channels", "kernel_size"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.EmbeddingBag: ("num_embeddings", "embedding_dim"),
+    nn.MultiheadAttention: ("embed_dim",),
+    nn.RNNBase: ("input_size", "hidden_size"),
+    nn.RNNCellBase: ("input_size", "hidden_size"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+    nn.LayerNorm: ("normalized_shape",),
+    nn.RMSNorm: ("normalized_shape",),
+    nn.PReLU: ("num_parameters",),
+}
+
+
+def check_owned(parameter: Any, owner: nn.Module) -> None:
+    """Raise where a parameter of a model has no memory for what it should hold, whatever would fill it.
+
+    Under ZeRO-3 it is of shape (0,), whether or not it still has DeepSpeed's attributes: then its module
+    tells that it has elements.
+    """
+    refuse_placeholder(parameter)
+    if tuple(parameter.shape) == (0,):
+        sizes = [
+            size
+            for kind, words in SIZES.items()
+            if isinstance(owner, kind)
+            for word in words
+            for size in np.ravel(getattr(owner, word))
+        ]
+        if sizes and all(sizes):
+            raise ValueError(f"module must hold whole parameters; {GATHER}, got shape (0,)")
+    if memory(parameter).layout is torch.strided:
+        refuse_missing_memory(memory(parameter))
 
 
 def fill(
@@ -108,11 +169,6 @@ def fill(
         if recipe is not None:
             recipe.note_given(tensor, draw)
     return tensor
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether it has no memory."""
-    return bool(tensor.is_meta) or isinstance(tensor, FakeTensor)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -178,20 +234,13 @@ def write(tensor: torch.Tensor, elements: Iterable[Run], request: Request) -> No
     """Fill a C-contiguous tensor on a device that has a kernel, on torch's stream."""
     flat = tensor.view(-1)
     if tensor.device.type == "cpu":
-        cpu.fill(numpy_array(flat), elements, request)
+        cpu.fill(as_numpy(flat), elements, request)
         return
     import cupy
 
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(tensor.device))
     with cupy.cuda.Device(tensor.device.index), stream:
         cuda.fill(cupy_array(flat), elements, request)
-
-
-def numpy_array(flat: torch.Tensor) -> np.ndarray:
-    """The same memory as a NumPy array. torch hands out no bfloat16; its bits pass as integers."""
-    bits = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
-    array: np.ndarray = bits.numpy()
-    return array.view(TORCH_DTYPES[flat.dtype])
 
 
 def cupy_array(flat: torch.Tensor) -> Any:

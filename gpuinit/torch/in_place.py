@@ -21,8 +21,8 @@ from gpuinit.distributions import (
     parse_uniform,
 )
 from gpuinit.fans import DEFAULT_AXES, Axes, fans
+from gpuinit.tensors import outside_graphs
 from gpuinit.torch.fill import check, fill
-from gpuinit.torch.graphs import outside_graphs
 
 TORCH_AXES = (1, 0, ())
 

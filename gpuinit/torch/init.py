@@ -21,10 +21,11 @@ from typing import Any, SupportsIndex
 import torch
 from torch.nn.init import calculate_gain, constant_, dirac_, eye_, ones_, zeros_
 
+from gpuinit.devices import find_stack_level
 from gpuinit.distributions import Normal, Uniform, parse_normal, parse_number, parse_uniform
 from gpuinit.fans import fans
+from gpuinit.tensors import outside_graphs
 from gpuinit.torch.fill import check, fill
-from gpuinit.torch.graphs import outside_graphs
 
 __all__ = ["calculate_gain", "constant_", "dirac_", "eye_", "ones_", "zeros_"]  # torch's own
 __all__ += ["kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"]
@@ -214,7 +215,8 @@ def kaiming(tensor: torch.Tensor, a: float, mode: str, nonlinearity: str) -> tup
         message = f"nonlinearity and a must suit calculate_gain, got {nonlinearity!r} and {a!r}"
         raise ValueError(message) from None
     if 0 in tensor.shape:  # of any number of axes, as in torch
-        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=4)
+        message = "Initializing zero-element tensors is a no-op"
+        warnings.warn(message, stacklevel=find_stack_level())
         return 0.0, 0.0
     return gain / math.sqrt(find_fans(tensor)[MODES.index(mode.lower())]), gain
 

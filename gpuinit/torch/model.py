@@ -24,6 +24,7 @@ from gpuinit.rules import (
     spare_frozen,
 )
 from gpuinit.stream import parse_seed
+from gpuinit.tensors import is_fake, outside_graphs
 from gpuinit.torch import adapters, default_rules, in_place, init
 from gpuinit.torch.default_rules import (
     BATCH_NORMS,
@@ -32,8 +33,7 @@ from gpuinit.torch.default_rules import (
     Rule,
     reset_buffers,
 )
-from gpuinit.torch.fill import check, checking, draw_seed, is_fake, recorded_stds, within
-from gpuinit.torch.graphs import outside_graphs
+from gpuinit.torch.fill import check, check_owned, checking, draw_seed, recorded_stds, within
 from gpuinit.torch.names import named_parameters, walk
 from gpuinit.torch.padding import padded_tables, zero_row
 from gpuinit.torch.recipes import run_recipe
@@ -317,6 +317,7 @@ def check_rule(
     """Raise what filling would, as far as that can be known without writing."""
     function, words = unwrap(initializer)
     with noting(note(name, owner)):
+        check_owned(parameter, owner)
         if parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 "module must be filled in inference mode, where it was built, got it outside of that"

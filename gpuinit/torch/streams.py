@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from gpuinit.distributions import Draw, Uniform, find_sampling, parse_normal, parse_number, parse_uniform
 from gpuinit.rules import Report, Row
 from gpuinit.stream import parse_name, parse_seed, row_major
-from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check, draw_seed, fill_part, is_fake, overlaps, within
+from gpuinit.tensors import is_fake, outside_graphs, overlaps, refuse_missing_memory, refuse_traced
+from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check_fillable, draw_seed, fill_part, within
 from gpuinit.torch.init import parse_truncated
 from gpuinit.torch.names import is_gathered, named_parameters, walk
 from gpuinit.torch.shards import is_dtensor, local_slices, memory, parts
@@ -119,8 +120,8 @@ class Group:
         self.before += other.before
 
 
-@contextmanager
-def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Report]:
+@outside_graphs
+def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Block:
     """Run a model's own recipe with its random numbers from streams, keyed by the names of its parameters.
 
         with gpuinit.torch.streams(model, seed=0) as report:
@@ -156,9 +157,25 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Iterator[Repor
             before they reach a parameter, or one that every rank would write to its own shard; and for a
             block within a block.
     """
-    check_model(module, seed)
-    with recipe_in_streams(module, parse_seed(draw_seed() if seed is None else seed), set()) as report:
-        yield report
+    return Block(module, seed)
+
+
+class Block:
+    """What `streams` gives."""
+
+    def __init__(self, module: nn.Module, seed: SupportsIndex | None) -> None:
+        self.module, self.seed = module, seed
+
+    @outside_graphs
+    def __enter__(self) -> Report:
+        check_model(self.module, self.seed)
+        key = parse_seed(draw_seed() if self.seed is None else self.seed)
+        self.recipe = recipe_in_streams(self.module, key, set())
+        return self.recipe.__enter__()
+
+    @outside_graphs
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.recipe.__exit__(*error)
 
 
 def check_model(module: Any, seed: SupportsIndex | None) -> None:
@@ -343,13 +360,15 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
 
     def draw(self, tensor: Any, sample: Sample, fresh: bool = False) -> Any:
         """Fill a tensor, from the stream of the parameter that it is or looks into."""
+        refuse_traced(tensor)
         local = memory(tensor)
         if is_fake(local):
             return tensor
         if sample.finish is None:
-            check(tensor)
+            check_fillable(tensor)
         elif overlaps(local):
             raise ValueError(f"tensor must not hold elements that share memory, got shape {local.shape}")
+        refuse_missing_memory(local)
         if storage_of(tensor) in self.copies:
             for part in self.local_parts(tensor, sample.text):
                 self.draw(part, sample)

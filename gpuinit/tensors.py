@@ -1,0 +1,186 @@
+"""What a tensor of torch must be for its memory to be filled, whichever door it comes by: a function of
+gpuinit.torch, or `out` of the core. And how all doors keep out of graphs.
+
+torch is not imported here before there is a tensor of its.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import ml_dtypes
+import numpy as np
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def not_inlined(function: Callable[P, T]) -> Callable[P, T]:
+    """Have torch.compile break its graph at a call of a function. What that calls it may still compile."""
+    function.__dict__["_torchdynamo_disable"] = True
+    function.__dict__["_torchdynamo_disable_msg"] = "a fill is in no graph"
+    return function
+
+
+@not_inlined  # as it would walk, and guard, all of the modules
+def compiler_is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Let torch.compile break its graph at a function, and run it as it is, with all that it calls."""
+    disabled: list[Callable[P, T]] = []
+
+    @not_inlined
+    @wraps(function)
+    def call(*args: P.args, **words: P.kwargs) -> T:
+        if not compiler_is_loaded():  # nor loaded by us
+            return function(*args, **words)
+        if not disabled:
+            disabled.append(sys.modules["torch"].compiler.disable(function, reason="a fill is in no graph"))
+        return disabled[0](*args, **words)
+
+    return call
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is a tensor of torch, which is imported then."""
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def refuse_traced(tensor: Any, argument: str = "tensor") -> None:
+    """Raise where the graph or the transform that is made would miss the fill, in silence."""
+    import torch
+    from torch.fx import _symbolic_trace
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if (
+        get_proxy_mode() is not None
+        or torch.jit.is_tracing()
+        or _symbolic_trace._is_fx_tracing_flag
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._is_functional_tensor(tensor)
+    ):
+        raise RuntimeError(
+            f"{argument} must be filled outside of what make_fx, torch.export, torch.func, torch.jit or "
+            f"torch.fx traces, as a fill is no operation of torch's, got a traced {type(tensor).__name__}"
+        )
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether it has no memory by design."""
+    from torch._subclasses import FakeTensor
+
+    return bool(tensor.is_meta) or isinstance(tensor, FakeTensor)
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether its values are what its class makes of operations, whatever its own memory holds.
+
+    On the devices that are filled by operations a class may be the device.
+    """
+    import torch
+
+    if is_fake(tensor):
+        return False
+    kind = type(tensor)
+    has_operations = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return hasattr(kind, "__tensor_flatten__") or (has_operations and is_addressed(tensor))
+
+
+def is_addressed(tensor: Any) -> bool:
+    """Whether it is written by its address, if at all."""
+    return tensor.device.type in ("cpu", "cuda")
+
+
+def refuse_placeholder(tensor: Any, argument: str = "tensor") -> None:
+    """Raise where DeepSpeed's ZeRO-3 has taken a parameter's values apart, and left it empty."""
+    whole = getattr(tensor, "ds_shape", None)
+    if whole is not None and tensor.numel() < math.prod(whole):
+        raise ValueError(
+            f"{argument} must hold the whole parameter; {GATHER}, got shape {tuple(tensor.shape)} for "
+            f"{tuple(whole)}"
+        )
+
+
+GATHER = "under ZeRO-3 fill it in deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)"
+
+
+def refuse_missing_memory(tensor: Any, argument: str = "tensor") -> None:
+    """Raise where there is no memory for all the elements: its storage was freed, or cut shorter."""
+    import torch
+
+    if tensor.numel() == 0 or is_fake(tensor) or not torch._C._has_storage(tensor):
+        return  # a device without storages has operations of its own
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if held >= needed and is_addressed(tensor) and tensor.data_ptr() == 0:
+        held = 0
+    if held < needed:
+        raise ValueError(
+            f"{argument} must have memory for its elements; materialise it first (FSDP: unshard; offloaded: "
+            f"load it), got {held} of {needed} bytes"
+        )
+
+
+def overlaps(tensor: Any) -> bool:
+    """Whether two elements share memory."""
+    if tensor.numel() < 2:
+        return False
+    axes = [axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] > 1]
+    axes.sort()
+    reach = 0
+    for stride, length in axes:
+        if stride <= reach:
+            break
+        reach += (length - 1) * stride
+    else:
+        return False  # each axis steps over all that those inside it reach
+    if axes[0][0] == 0:
+        return True
+    # NumPy solves the rest exactly. Two elements differ first on some axis: of these two parts the one has 0
+    # there, the other more, and the axes after it are free in both. Nothing is read.
+    strides, lengths = zip(*axes[::-1], strict=True)
+    places = np.lib.stride_tricks.as_strided(np.empty(1, np.int8), lengths, strides)
+    return any(
+        np.shares_memory(places[(0,) * axis][:1], places[(0,) * axis][1:]) for axis in range(places.ndim)
+    )
+
+
+def as_numpy(tensor: Any) -> np.ndarray:
+    """The same memory as a NumPy array. torch hands out no bfloat16; its bits pass as integers."""
+    import torch
+
+    if tensor.dtype != torch.bfloat16:
+        array: np.ndarray = tensor.numpy()
+        return array
+    bits: np.ndarray = tensor.view(torch.int16).numpy()
+    return bits.view(ml_dtypes.bfloat16)
+
+
+def check_out(tensor: Any) -> None:
+    """Raise unless a fill of its memory, in one piece, is one of the tensor: for `out`."""
+    refuse_traced(tensor, "out")
+    refuse_placeholder(tensor, "out")
+    if is_wrapper(tensor) or is_fake(tensor) or tensor.is_nested or str(tensor.layout) != "torch.strided":
+        raise TypeError(
+            "out must be a plain dense tensor with memory of its own; gpuinit.torch fills DTensors too, got "
+            f"{type(tensor).__name__} of {tensor.layout} on {tensor.device}"
+        )
+    if tensor.is_quantized:
+        raise TypeError(f"out must not be quantised, got {tensor.dtype}")
+    if not is_addressed(tensor):
+        raise TypeError(f"out must be on the CPU or a CUDA device; {ELSE}, got one on {tensor.device}")
+    if tensor.requires_grad:
+        raise TypeError(f"out must not require grad; {ELSE}, or give out.detach(), got a tensor that does")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(f"out must hold its values as they are; {ELSE}, got a view that negates them")
+    refuse_missing_memory(tensor, "out")
+
+
+ELSE = "use the functions of gpuinit.torch"
