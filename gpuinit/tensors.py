@@ -52,22 +52,25 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
-def refuse_traced(tensor: Any, argument: str = "tensor") -> None:
+def refuse_traced(value: Any, argument: str = "tensor") -> None:
     """Raise where the graph or the transform that is made would miss the fill, in silence."""
     import torch
     from torch.fx import _symbolic_trace
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+    functorch = torch._C._functorch
     if (
         get_proxy_mode() is not None
         or torch.jit.is_tracing()
         or _symbolic_trace._is_fx_tracing_flag
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or torch._is_functional_tensor(tensor)
+        or functorch.peek_interpreter_stack() is not None
+        or (is_tensor(value) and functorch.is_functorch_wrapped_tensor(value))
+        # The tensors of XLA are functional ones always.
+        or (is_tensor(value) and torch._is_functional_tensor(value) and is_addressed(value))
     ):
         raise RuntimeError(
             f"{argument} must be filled outside of what make_fx, torch.export, torch.func, torch.jit or "
-            f"torch.fx traces, as a fill is no operation of torch's, got a traced {type(tensor).__name__}"
+            f"torch.fx traces, as a fill is no operation of torch's, got a traced {type(value).__name__}"
         )
 
 
@@ -111,11 +114,17 @@ GATHER = "under ZeRO-3 fill it in deepspeed.zero.GatheredParameters(parameters, 
 
 
 def refuse_missing_memory(tensor: Any, argument: str = "tensor") -> None:
-    """Raise where there is no memory for all the elements: its storage was freed, or cut shorter."""
+    """Raise where there is no memory for all the elements: its storage was freed, or cut shorter, or all
+    operations are faked.
+    """
     import torch
 
     if tensor.numel() == 0 or is_fake(tensor) or not torch._C._has_storage(tensor):
         return  # a device without storages has operations of its own
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError(
+            f"{argument} must be filled outside of a FakeTensorMode, or be made in it, got a real one inside"
+        )
     reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
     held = tensor.untyped_storage().nbytes()
@@ -152,15 +161,28 @@ def overlaps(tensor: Any) -> bool:
     )
 
 
-def as_numpy(tensor: Any) -> np.ndarray:
-    """The same memory as a NumPy array. torch hands out no bfloat16; its bits pass as integers."""
-    import torch
+class Memory:
+    """A tensor for NumPy, of any of its dtypes. torch's own array would bar its storage from being freed."""
 
-    if tensor.dtype != torch.bfloat16:
-        array: np.ndarray = tensor.numpy()
-        return array
-    bits: np.ndarray = tensor.view(torch.int16).numpy()
-    return bits.view(ml_dtypes.bfloat16)
+    def __init__(self, tensor: Any, dtype: np.dtype) -> None:
+        self.tensor = tensor  # kept as long as the array is
+        size = dtype.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def as_numpy(tensor: Any) -> np.ndarray:
+    """The same memory as a NumPy array."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype)
+    return np.asarray(Memory(tensor, dtype)).view(dtype)
 
 
 def check_out(tensor: Any) -> None:

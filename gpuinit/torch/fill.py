@@ -113,6 +113,7 @@ def check_owned(parameter: Any, owner: nn.Module) -> None:
     Under ZeRO-3 it is of shape (0,), whether or not it still has DeepSpeed's attributes: then its module
     tells that it has elements.
     """
+    refuse_traced(parameter)
     refuse_placeholder(parameter)
     if tuple(parameter.shape) == (0,):
         sizes = [

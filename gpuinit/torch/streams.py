@@ -202,6 +202,7 @@ def recipe_in_streams(module: nn.Module, key: int, spared: set[str]) -> Iterator
     """The same; parameters and buffers that are spared keep what they have, but for what is copied there."""
     if within.get() is not None:
         raise ValueError("streams must not be within other ones, got a block in a block")
+    refuse_traced(module, "module")  # below the operations nothing of torch.jit is to be seen
     report = Report()
     mode = Streams(module, key, spared)
     token = within.set(mode)
