@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpuinit.torch.fill import TORCH_DTYPES, checking, is_fake
+from gpuinit.tensors import is_fake
+from gpuinit.torch.fill import TORCH_DTYPES, checking
 from gpuinit.torch.init import kaiming_uniform_, normal_
 from gpuinit.torch.names import is_kind, walk
 from gpuinit.torch.shards import is_dtensor, memory
