@@ -2,7 +2,8 @@
 
     he_normal()(jax.random.key(0), (256, 64))            as jax.nn.initializers.he_normal()
     sharded((2**16, 2**14), sharding, seed=0, name="w")  one array, each shard made by itself
-    initialize(shapes, seed=0)                           a pytree of jax.ShapeDtypeStruct, filled
+    initialize(shapes, seed=0)                           a pytree of jax.ShapeDtypeStruct, filled; with
+                                                         return_report=True also a report
 
 `he_normal()(jax.random.key(n), shape)` has the bits of `gpuinit.he_normal(shape, seed=n)`. The 64 bits of a
 key are the seed: its two words of 32 bits, the first one high, typed or raw. Of the four words of the "rbg"
