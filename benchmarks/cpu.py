@@ -40,7 +40,7 @@ import numpy as np
 
 CHECKOUT = Path(__file__).parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
-SHAPES = ((64, 64), (1024, 1024), (4096, 4096), (16384, 4096))
+SHAPES = ((1, 1), (64, 64), (1024, 1024), (4096, 4096), (16384, 4096))
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TRUNCATED_STD = 0.87962566103423976
 SECONDS_A_ROUND = 0.2  # an array that takes less is made more than once
