@@ -1,14 +1,13 @@
-"""Whole checkpoints: read a manifest, write safetensors files, verify and fingerprint them.
+"""Whole checkpoints: read a manifest, write safetensors files, verify them.
 
-A safetensors file is the length of its header in 8 little-endian bytes, the header as JSON, then the data.
-Here every tensor passes through a window of WINDOW_BYTES, so memory is the same for any size.
+Every tensor passes through a window of WINDOW_BYTES, so memory is the same for any size.
 """
 
 from __future__ import annotations
 
 import errno
 import fnmatch
-import hashlib
+import functools
 import inspect
 import itertools
 import json
@@ -26,10 +25,21 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import gpuinit
-from gpuinit import devices
-from gpuinit.devices import describe
+from gpuinit import devices, safetensors_file
 from gpuinit.initializers import DTYPES, find_draw, parse_dtype
-from gpuinit.stream import as_integer, parse_name, parse_shape
+from gpuinit.safetensors_file import (
+    MOST_HEADER_BYTES,
+    STEP,
+    Advance,
+    Model,
+    Stored,
+    Watch,
+    open_data,
+    say_nothing,
+    shown,
+    unique,
+)
+from gpuinit.stream import parse_name, parse_shape
 
 WINDOW_BYTES = 64 * 2**20
 
@@ -44,10 +54,7 @@ DRAW = ("scale", "mode", "distribution", "stddev", "mean", "lower", "upper", "li
 ARGUMENTS = (*DRAW, "in_axis", "out_axis", "batch_axis")
 SETTINGS = ("dtype", "initializer", *ARGUMENTS)
 
-MOST_HEADER_BYTES = 100_000_000  # that the safetensors library reads
 MOST_TENSORS = 10**6  # that one name of a manifest stands for
-
-Advance = Callable[[int], object]  # told of so many bytes more
 
 
 class Entry(NamedTuple):
@@ -65,17 +72,7 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Stored(NamedTuple):
-    """A tensor in a file: its data are the bytes from start to stop."""
-
-    file: Path
-    code: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def read_manifest(path: Path) -> list[Entry]:
+def read_manifest(path: Path, watch: Watch = say_nothing) -> list[Entry]:
     """The tensors that a manifest, or the header of a safetensors file or index, asks for, checked."""
     manifest = read_object(path)
     if "weight_map" in manifest:
@@ -91,19 +88,49 @@ def read_manifest(path: Path) -> list[Entry]:
     for pattern, settings in patterns.items():
         check_settings(f"{path}: pattern {pattern!r}", settings)
     tensors = as_table(path, "tensors", manifest.get("tensors", {}))
-    tensors = {**read_like(path, manifest), **expand_names(path, tensors)}
+    tensors = {**read_like(path, manifest, watch), **expand_names(path, tensors)}
     if not tensors:
         raise ValueError(
             f"{path}: a manifest must name a tensor under tensors, or a file under like, got none"
         )
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in tensors):
-            raise ValueError(
-                f"{path}: pattern {pattern!r} must match a tensor, got none that it does. "
-                "Correct it, or take it out"
-            )
-    entries = [parse_entry(path, name, given, defaults, patterns) for name, given in tensors.items()]
-    return [entry for entry in entries if entry.initializer != SKIP]
+    entries = []
+    unmatched, match = dict.fromkeys(patterns), matcher(patterns)
+    parsed: dict[tuple[str, ...], Entry] = {}  # by what is given; models have few kinds of tensors
+    for number, (name, given) in enumerate(tensors.items()):
+        matching = match(name)
+        for pattern in matching:
+            unmatched.pop(pattern, None)
+        key = (repr(given), *matching)
+        if key not in parsed:
+            general = [defaults, *(patterns[pattern] for pattern in matching)]
+            parsed[key] = parse_entry(path, name, given, general)
+        if parsed[key].initializer != SKIP:
+            check_name(path, name)
+            entries.append(parsed[key]._replace(name=name))
+        if number % STEP == 0:
+            watch("checking", number, len(tensors))
+    for pattern in unmatched:
+        raise ValueError(
+            f"{path}: pattern {pattern!r} must match a tensor, got none that it does. "
+            "Correct it, or take it out"
+        )
+    return entries
+
+
+def matcher(patterns: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that finds the patterns that a name matches, in their order."""
+    order = {pattern: number for number, pattern in enumerate(patterns)}
+    # Those without a wildcard are looked up, as there may be one for every tensor.
+    wild = [pattern for pattern in order if not {"*", "?", "["}.isdisjoint(pattern)]
+    matches = [(pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in wild]
+
+    def find(name: str) -> list[str]:
+        found = [pattern for pattern, match in matches if match(name)]
+        if name in order and name not in found:
+            found = sorted([*found, name], key=order.__getitem__)
+        return found
+
+    return find
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -116,16 +143,6 @@ def read_object(path: Path) -> dict[str, Any]:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise ValueError(f"{path}: the manifest must be {kind}, got {error}") from None
     return as_table(path, "the manifest", found)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose keys comes twice."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name!r} twice")
-        found[name] = value
-    return found
 
 
 def as_table(path: Path, what: str, value: object) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def check_arguments(where: str, initializer: object, settings: Iterable[str]) ->
             )
 
 
+@functools.cache
 def taken_by(initializer: str) -> tuple[str, ...]:
     if initializer not in INITIALIZERS:
         return ()
@@ -164,13 +182,13 @@ def taken_by(initializer: str) -> tuple[str, ...]:
     return tuple(key for key in ARGUMENTS if key in parameters)
 
 
-def read_like(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def read_like(path: Path, manifest: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """The tensors of the file that the manifest is like; of a safetensors file only the header is read."""
     if "like" not in manifest:
         return {}
     if not isinstance(manifest["like"], str) or not Path(manifest["like"]).name:
         raise ValueError(f"{path}: like must be the path of a file, got {manifest['like']!r}")
-    stored, _ = read_model(path.parent / manifest["like"], whole=False)
+    stored = safetensors_file.read_model(path.parent / manifest["like"], whole=False, watch=watch).tensors
     # A dtype that holds no weights is left as it is, for the message, unless the tensor is skipped.
     return {
         name: {"shape": tensor.shape, "dtype": NAMES.get(tensor.code, tensor.code)}
@@ -199,10 +217,8 @@ def expand_names(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def parse_entry(
-    path: Path, name: str, given: Any, defaults: dict[str, Any], patterns: dict[str, Any]
-) -> Entry:
-    """The settings of a tensor: the defaults, then every pattern that matches, in order, then its own."""
+def parse_entry(path: Path, name: str, given: Any, general: list[dict[str, Any]]) -> Entry:
+    """The settings of a tensor: the general ones, in order, then its own."""
     where = f"{path}: tensor {name!r}"
     own = dict(given) if isinstance(given, dict) else {"shape": given}
     if "shape" not in own:
@@ -210,10 +226,9 @@ def parse_entry(
         raise ValueError(f"{where}: must have a shape, got {given!r}{hint}")
     shape = own.pop("shape")
     check_settings(where, own)
-    matching = [settings for pattern, settings in patterns.items() if fnmatch.fnmatchcase(name, pattern)]
     # A file that the manifest is like decides the dtype of what it has, unless the manifest does.
     settings = {"dtype": "float32", "initializer": "he_normal"}
-    for layer in (own, defaults, *matching) if isinstance(shape, tuple) else (defaults, *matching, own):
+    for layer in (own, *general) if isinstance(shape, tuple) else (*general, own):
         settings.update(layer)
     initializer = settings["initializer"]
     check_arguments(where, initializer, own)
@@ -225,14 +240,20 @@ def parse_entry(
         if settings["dtype"] is None:  # which NumPy takes for float64
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got None")
         entry = entry._replace(shape=parse_shape(shape), dtype=parse_dtype(settings["dtype"]).name)
-        if name == "__metadata__":
-            raise ValueError("this name must not be used, as safetensors keeps it for itself, got it")
-        parse_name(name)
         if initializer in INITIALIZERS:
             find_draw(getattr(gpuinit, initializer), entry.shape, dtype=entry.dtype, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}. Set it for this tensor, or for a pattern that matches") from None
     return entry
+
+
+def check_name(path: Path, name: str) -> None:
+    try:
+        if name == "__metadata__":
+            raise ValueError("this name must not be used, as safetensors keeps it for itself, got it")
+        parse_name(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: tensor {name!r}: {error}") from None
 
 
 def windows(entry: Entry, seed: int, device: str | None, held: int = 1) -> Iterator[np.ndarray]:
@@ -444,139 +465,81 @@ def in_units(size: float) -> str:
     return f"{size:.2f} {units[-1]}"
 
 
-def read_model(path: Path, whole: bool = True) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file, or of all files of an index, and the metadata."""
-    index = path.with_name(path.name + ".index.json")
-    if path.suffix == ".safetensors" and not path.exists() and index.exists():
-        path = index
-    if path.suffix != ".json":
-        return read_header(path, whole)
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-        files = sorted({path.parent / file_name(file) for file in places.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: an index must be JSON with a weight_map, got {describe(error)}") from None
-    found: dict[str, Stored] = {}
-    metadata: dict[str, str] = {}
-    for file in files:
-        tensors, metadata = read_header(file, whole)
-        twice = next((name for name in tensors if name in found), None)
-        if twice is not None:
-            raise ValueError(f"{path}: each tensor must be in one file, got {twice!r} in {file} again")
-        found.update(tensors)
-    wrong = [name for name in {**places, **found} if name not in found or name not in places]
-    wrong += [name for name in found if name not in wrong and found[name].file.name != places[name]]
-    if wrong:
-        raise ValueError(
-            f"{path}: the index and its files must name the same tensors, got {wrong[0]!r} in one"
-        )
-    return found, metadata
-
-
-def file_name(value: object) -> str:
-    if not isinstance(value, str) or Path(value).name != value or value in ("", ".."):
-        raise ValueError(f"a file must be named without a folder, got {value!r}")
-    return value
-
-
-def read_header(path: Path, whole: bool) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The header of one file; where the data are wanted too, that they are all there."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
-            raise ValueError(f"{path}: a safetensors file must begin with its header, got another file")
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-        metadata = dict(header).pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError(f"metadata {metadata!r}")
-        tensors = {name: given for name, given in header.items() if name != "__metadata__"}
-        found = {name: parse_stored(path, 8 + length, given) for name, given in tensors.items()}
-        end = 8 + length
-        for tensor in sorted(found.values(), key=lambda tensor: (tensor.start, tensor.stop)):
-            if tensor.start != end:  # bytes that no tensor has, or that two have
-                raise ValueError(
-                    f"data from {tensor.start - 8 - length} on after those to {end - 8 - length}"
-                )
-            end = tensor.stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the header must be that of a safetensors file, got {describe(error)}"
-        ) from None
-    if whole and size != end:
-        raise ValueError(
-            f"{path}: the file must have the {end} bytes that its header tells of, got {size}. "
-            "It is cut or damaged: make or copy it again"
-        )
-    return found, metadata
-
-
-def parse_stored(path: Path, data: int, given: dict[str, Any]) -> Stored:
-    start, stop = (
-        as_integer(place, "an offset must be an integer", place) for place in given["data_offsets"]
-    )
-    shape = parse_shape(given["shape"])
-    code = given["dtype"]
-    if not isinstance(code, str):
-        raise TypeError(f"dtype {code!r}")
-    if not 0 <= start <= stop or (
-        code in NAMES and stop - start != math.prod(shape) * DTYPES[NAMES[code]].itemsize
-    ):
-        raise ValueError(f"offsets {start} and {stop} for shape {shape} of {code}")
-    return Stored(path, code, shape, data + start, data + stop)
-
-
 def verify(
-    path: Path,
+    model: Model,
     entries: list[Entry],
     seed: int,
     device: str | None = None,
     advance: Advance = lambda count: None,
 ) -> list[tuple[str, str]]:
-    """Make every tensor again and compare: the tensors that differ, and how."""
-    stored, metadata = read_model(path)
+    """Make every tensor again and compare: the tensors that differ, and how.
+
+    Compared are the names, and the shape, the dtype and every byte of each; and where the files tell of
+    their seed, and an index of the size of all tensors, whether that is so. Other metadata and the blanks
+    of a header are not.
+    """
     wanted = {entry.name for entry in entries}
-    found = [(name, "is in the file and not in the manifest") for name in stored if name not in wanted]
-    for entry in entries:
-        problem = compare(entry, stored.get(entry.name), seed, device, advance)
-        if problem is not None:
-            found.append((entry.name, problem))
-    claimed = metadata.get("gpuinit.seed", str(seed))
-    if found and claimed != str(seed):
-        found.insert(0, ("--seed", f"the file says that it was made with {claimed}, not {seed}"))
+    found = find_false_claims(model, seed)
+    found += [
+        (name, "is in the file and not in the manifest") for name in model.tensors if name not in wanted
+    ]
+    with open_data() as open_at:
+        for entry in entries:
+            problem = compare(entry, model.tensors.get(entry.name), seed, device, open_at, advance)
+            if problem is not None:
+                found.append((entry.name, problem))
+    return found
+
+
+def find_false_claims(model: Model, seed: int) -> list[tuple[str, str]]:
+    """What the files say of themselves that is not so."""
+    claims: dict[str, list[str]] = {}
+    for file, metadata in model.metadata.items():
+        claims.setdefault(metadata.get("gpuinit.seed", str(seed)), []).append(file.name)
+    found = []
+    for claimed, files in claims.items():
+        if claimed != str(seed):
+            teller = "the file" if len(model.metadata) == 1 else files[0]
+            others = f", as {len(files) - 1} more say" if len(files) > 1 else ""
+            found.append(("--seed", f"{teller} says that it was made with {claimed:.30}, not {seed}{others}"))
+    size = sum(tensor.stop - tensor.start for tensor in model.tensors.values())
+    if model.claimed_size not in (None, size):
+        found.append(("total_size", f"is {model.claimed_size!r:.30} in the index, and {size} in its files"))
     return found
 
 
 def compare(
-    entry: Entry, tensor: Stored | None, seed: int, device: str | None, advance: Advance
+    entry: Entry,
+    tensor: Stored | None,
+    seed: int,
+    device: str | None,
+    open_at: Callable[[Stored], BinaryIO],
+    advance: Advance,
 ) -> str | None:
     """What differs in one tensor: the first element, if shape and dtype do not."""
     if tensor is None:
         return "is in the manifest and not in the file"
     if (tensor.shape, tensor.code) != (entry.shape, CODES[entry.dtype]):
-        there = f"{NAMES.get(tensor.code, tensor.code)} {tensor.shape}"
+        there = f"{NAMES.get(tensor.code, tensor.code)} {shown(tensor.shape)}"
         return f"is {there} in the file, and {entry.dtype} {entry.shape} in the manifest"
     dtype = DTYPES[entry.dtype]
     bits = f"<u{dtype.itemsize}"
     buffer = np.empty(min(math.prod(entry.shape), WINDOW_BYTES // dtype.itemsize), dtype)
     position = 0
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.start)
-        for window in windows(entry, seed, device):
-            read = buffer[: window.size]
-            read_into(file, read.view(np.uint8))
-            made = window.reshape(-1)
-            different = made.view(bits) != read.view(bits)
-            first = int(different.argmax())
-            if different[first]:
-                place = tuple(map(int, np.unravel_index(position + first, entry.shape)))
-                values = f"{float(read[first])!r} in the file, {float(made[first])!r} made"
-                advance(entry.nbytes - position * dtype.itemsize)
-                return f"first differs at {list(place)}: {values}"
-            position += window.size
-            advance(window.nbytes)
+    file = open_at(tensor)
+    for window in windows(entry, seed, device):
+        read = buffer[: window.size]
+        read_into(file, read.view(np.uint8))
+        made = window.reshape(-1)
+        different = made.view(bits) != read.view(bits)
+        first = int(different.argmax())
+        if different[first]:
+            place = tuple(map(int, np.unravel_index(position + first, entry.shape)))
+            values = f"{float(read[first])!r} in the file, {float(made[first])!r} made"
+            advance(entry.nbytes - position * dtype.itemsize)
+            return f"first differs at {list(place)}: {values}"
+        position += window.size
+        advance(window.nbytes)
     return None
 
 
@@ -587,31 +550,3 @@ def read_into(file: Any, memory: np.ndarray) -> None:
         if not count:
             raise OSError(f"{file.name} became shorter while it was read")
         position += count
-
-
-def fingerprint(
-    path: Path, advance: Advance = lambda count: None
-) -> tuple[str, dict[str, tuple[Stored, str]]]:
-    """A digest of all names, dtypes, shapes and bytes, however they are split into files; and those of each.
-
-    The first is the SHA-256 of one line of JSON for each tensor, [name, dtype, shape, SHA-256 of its data],
-    in the order of the names.
-    """
-    stored, _ = read_model(path)
-    total = hashlib.sha256()
-    found = {}
-    for name, tensor in sorted(stored.items()):
-        digest = hashlib.sha256()
-        left = tensor.stop - tensor.start
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.start)
-            while left:
-                piece = file.read(min(left, 2**22))
-                if not piece:
-                    raise OSError(f"{tensor.file} became shorter while it was read")
-                digest.update(piece)
-                advance(len(piece))
-                left -= len(piece)
-        found[name] = (tensor, digest.hexdigest())
-        total.update(json.dumps([name, tensor.code, tensor.shape, digest.hexdigest()]).encode() + b"\n")
-    return total.hexdigest(), found

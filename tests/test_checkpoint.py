@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 import gpuinit
-from gpuinit import checkpoint
+from gpuinit import checkpoint, safetensors_file
 from gpuinit.__main__ import main
 
 pytest.importorskip("click", reason='click is not installed: pip install "gpuinit[cli]"')
@@ -225,8 +225,9 @@ def test_a_window_is_written_as_it_was_made_however_long_that_takes(monkeypatch)
 def test_data_of_mixed_dtypes_are_aligned_and_without_holes(manifest, tmp_path):
     out = tmp_path / "model.safetensors"
     checkpoint.write(checkpoint.read_manifest(manifest), 0, out, 10**9)
-    stored, metadata = checkpoint.read_model(out)
-    assert metadata == {"format": "pt", "gpuinit.seed": "0"}
+    stored, metadata, claimed_size = safetensors_file.read_model(out)
+    assert metadata == {out: {"format": "pt", "gpuinit.seed": "0"}}
+    assert claimed_size is None
     places = sorted((tensor.start, tensor.stop) for tensor in stored.values())
     assert all(before[1] == after[0] for before, after in itertools.pairwise(places))
     for tensor in stored.values():
@@ -263,7 +264,7 @@ def test_verify_names_the_first_element_that_differs(manifest, tmp_path, capsys,
     monkeypatch.setattr(checkpoint, "WINDOW_BYTES", 1000)
     out = tmp_path / "model.safetensors"
     checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
-    stored, _ = checkpoint.read_model(out)
+    stored = safetensors_file.read_model(out).tensors
     data = bytearray(out.read_bytes())
     for element in (200 * 63 + 7, 201 * 63):  # of bfloat16: the low bit of each
         data[stored["layers.1.up.weight"].start + 2 * element] ^= 1
@@ -286,6 +287,76 @@ def test_verify_with_another_seed_says_which_one_the_file_claims(manifest, tmp_p
     assert f"{out}: not what" in found.out
 
 
+def change(file: Path, old: bytes, new: bytes) -> None:
+    assert len(old) == len(new)
+    data = file.read_bytes()
+    assert data.count(old) == 1
+    file.write_bytes(data.replace(old, new))
+
+
+def test_the_seed_that_a_file_claims_must_agree_even_if_all_tensors_are_equal(manifest, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
+    assert run(capsys, "verify", out, manifest, "--seed", 5).status == 0
+    for claimed in (b"6", b" "):
+        change(out, b'"gpuinit.seed":"5"', b'"gpuinit.seed":"' + claimed + b'"')
+        found = run(capsys, "verify", out, manifest, "--seed", 5, "--json")
+        assert found.status == 1
+        assert json.loads(found.out)["differences"] == [
+            {
+                "tensor": "--seed",
+                "problem": f"the file says that it was made with {claimed.decode()}, not 5",
+            }
+        ]
+        change(out, b'"gpuinit.seed":"' + claimed + b'"', b'"gpuinit.seed":"5"')
+    (tmp_path / "zeros.json").write_text('{"tensors": {"a": {"shape": [2], "initializer": "zeros"}}}')
+    zeros = tmp_path / "zeros.safetensors"
+    checkpoint.write(checkpoint.read_manifest(tmp_path / "zeros.json"), 5, zeros, 10**9)
+    assert run(capsys, "verify", zeros, tmp_path / "zeros.json", "--seed", 6).status == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_seed_that_any_shard_claims_must_agree(manifest, tmp_path, capsys, number):
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, tmp_path / "m.safetensors", 66_000)
+    index = tmp_path / "m.safetensors.index.json"
+    name = f"m-0000{number}-of-00003.safetensors"
+    change(tmp_path / name, b'"gpuinit.seed":"5"', b'"gpuinit.seed":"6"')
+    found = run(capsys, "verify", index, manifest, "--seed", 5, "--json")
+    assert found.status == 1
+    (difference,) = json.loads(found.out)["differences"]
+    assert difference == {"tensor": "--seed", "problem": f"{name} says that it was made with 6, not 5"}
+    found = json.loads(run(capsys, "verify", index, manifest, "--seed", 6, "--json").out)["differences"]
+    first = "m-00001-of-00003.safetensors" if number > 1 else "m-00002-of-00003.safetensors"
+    assert found[0]["problem"] == f"{first} says that it was made with 5, not 6, as 1 more say"
+
+
+@pytest.mark.parametrize(
+    ("size", "status"),
+    [(lambda size: size, 0), (float, 0), (lambda size: size + 1, 1), (str, 1), (lambda size: None, 0)],
+)
+def test_the_size_that_an_index_claims_must_agree(manifest, tmp_path, capsys, size, status):
+    checkpoint.write(checkpoint.read_manifest(manifest), 5, tmp_path / "m.safetensors", 66_000)
+    path = tmp_path / "m.safetensors.index.json"
+    index = json.loads(path.read_text())
+    total = index["metadata"]["total_size"]
+    index["metadata"]["total_size"] = size(total)
+    path.write_text(json.dumps(index))
+    found = run(capsys, "verify", path, manifest, "--seed", 5, "--json")
+    assert found.status == status
+    problem = f"is {size(total)!r} in the index, and {total} in its files"
+    differences = [{"tensor": "total_size", "problem": problem}] if status else []
+    assert json.loads(found.out)["differences"] == differences
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"gpuinit.seed": "0", "format": "flax"}])
+def test_metadata_that_tells_of_no_other_seed_is_left_aside(tmp_path, capsys, metadata):
+    (tmp_path / "a.json").write_text('{"tensors": {"a": {"shape": [2], "initializer": "zeros"}}}')
+    header = json.dumps({"__metadata__": metadata, "a": tensor()}).encode()
+    for blanks in (b"", b" " * 7):
+        file = stored(tmp_path / "m.safetensors", header + blanks, bytes(8))
+        assert run(capsys, "verify", file, tmp_path / "a.json").status == 0
+
+
 def test_the_screens_of_a_large_model_are_80_columns_wide_and_24_lines_high(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("m.json").write_text('{"tensors": {"layers.{0..99}.attention.query.weight": [8, 8]}}')
@@ -296,7 +367,8 @@ def test_the_screens_of_a_large_model_are_80_columns_wide_and_24_lines_high(tmp_
         lines = found.out.splitlines()
         assert max(map(len, lines)) <= 80
         assert len(lines) <= 24
-    assert "model.safetensors: equal to the last bit\n100 tensors, 25.60 kB, " in shown[1].out
+    said = "model.safetensors: names, shapes, dtypes and all bytes of the tensors are equal\n"
+    assert f"{said}100 tensors, 25.60 kB, " in shown[1].out
     assert "made with 0, not 1" in shown[2].out
     assert "and 93 more; --json has them all" in shown[2].out
 
@@ -581,20 +653,25 @@ def tensor(**given: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ([1], ""),
-        ({"a": 1}, ""),
-        (b"[" * 100_000, "RecursionError"),
-        (b'{"a": 1, "a": 2}', "the key 'a' twice"),
-        ({"__metadata__": [1], "a": tensor()}, ""),
-        ({"__metadata__": {"gpuinit.seed": 3}, "a": tensor()}, "metadata {'gpuinit.seed': 3}"),
-        ({"a": tensor(dtype=5)}, "dtype 5"),
+        ([1], "'[' at character 0, not '{'"),
+        ({"a": 1}, "the tensor 1, not an object"),
+        (b"[" * 100_000, "'[' at character 0, not '{'"),
+        (b'{"a":' + b"[" * 100_000, "RecursionError"),
+        (b'{"a": 1, "a": 2}', "the tensor 1, not an object"),
+        ({"__metadata__": [1], "a": tensor()}, "metadata [1], not an object of strings"),
+        ({"__metadata__": {"gpuinit.seed": 3}, "a": tensor()}, "metadata (('gpuinit.seed', 3),), not"),
+        ({"a": tensor(dtype=5)}, "dtype 5, not one of F64, "),
         ({"a": tensor(shape=[3])}, "offsets 0 and 8 for shape (3,) of F32"),
-        ({"a": tensor(shape=[2**62, 2])}, "shape must have fewer than 2**63 elements"),
-        ({"a": tensor(data_offsets=[0.0, 8.0])}, "an offset must be an integer, got 0.0"),
-        ({"a": tensor(data_offsets=[-8, 0])}, "offsets -8 and 0"),
+        ({"a": tensor(shape=[2**62, 2])}, "offsets 0 and 8 for shape (4611686018427387904, 2) of F32"),
+        ({"a": tensor(shape=["x" * 10**6])}, "xxx..., not integers from 0 to 2**64 - 1"),
+        ({"a": tensor(data_offsets=[0.0, 8.0])}, "data_offsets [0.0, 8.0], not two integers"),
+        ({"a": tensor(data_offsets=[-8, 0])}, "data_offsets [-8.0, 0], not two integers"),
         ({"a": tensor(data_offsets=[8, 0])}, "offsets 8 and 0"),
         ({"a": tensor(data_offsets=[8, 16])}, "data from 8 on after those to 0"),
         ({"a": tensor(), "b": tensor()}, "data from 0 on after those to 8"),
+        (json.dumps({"a": tensor()}).encode("utf-16"), "UnicodeDecodeError: "),
+        (json.dumps({"a": tensor(x=math.nan)}).encode(), "NaN, which is not JSON"),
+        (json.dumps({"\ud800": tensor()}).encode(), "half of a surrogate pair, \\ud8"),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path, capsys, header, message):
@@ -647,6 +724,34 @@ def test_an_index_that_lies_is_refused(tmp_path, capsys, index, message):
     found = run(capsys, "fingerprint", tmp_path / "m.safetensors")
     assert found.status == 2
     assert message.replace("{folder}", str(tmp_path)) in found.err
+
+
+def test_an_index_is_compared_with_its_files_in_linear_time(tmp_path):
+    """Names are looked up: none of 20,000 that are in the index only is compared with the others."""
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    stored(tmp_path / "1.safetensors", {"a": tensor()}, bytes(8))
+    places = {f"missing.{number}": "1.safetensors" for number in range(20_000)}
+    (tmp_path / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "1.safetensors", **places}})
+    )
+    real = safetensors_file.unique
+
+    def named(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        return {key if key == "weight_map" else Name(key): value for key, value in real(pairs).items()}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(safetensors_file, "unique", named)
+        with pytest.raises(ValueError, match=r"must name the same tensors, got 'missing\.0' in one"):
+            safetensors_file.read_model(tmp_path / "m.safetensors")
+    assert Name.compared < 100
 
 
 def test_bytes_are_compared_and_not_values(tmp_path, capsys):
@@ -708,9 +813,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, command):
         if command == "checkpoint":
             checkpoint.write(entries, 0, out, 10**9, "cpu")
         elif command == "verify":
-            assert checkpoint.verify(out, entries, 0, "cpu") == []
+            assert checkpoint.verify(safetensors_file.read_model(out), entries, 0, "cpu") == []
         else:
-            checkpoint.fingerprint(out)
+            safetensors_file.fingerprint(safetensors_file.read_model(out).tensors)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
