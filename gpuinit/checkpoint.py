@@ -501,6 +501,7 @@ def find_false_claims(model: Model, seed: int) -> list[tuple[str, str]]:
         if claimed != str(seed):
             teller = "the file" if len(model.metadata) == 1 else files[0]
             others = f", as {len(files) - 1} more say" if len(files) > 1 else ""
+            claimed = claimed if claimed.isascii() and claimed.isdecimal() else repr(claimed)
             found.append(("--seed", f"{teller} says that it was made with {claimed:.30}, not {seed}{others}"))
     size = sum(tensor.stop - tensor.start for tensor in model.tensors.values())
     if model.claimed_size not in (None, size):

@@ -81,7 +81,8 @@ def read_shards(path: Path, whole: bool, watch: Watch) -> Model:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
         places = index["weight_map"]
         files = {name: path.parent / file_name(name) for name in dict.fromkeys(places.values())}
-        claimed_size = (index.get("metadata") or {}).get("total_size")
+        about = index.get("metadata")
+        claimed_size = about.get("total_size") if isinstance(about, dict) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: an index must be JSON with a weight_map, got {describe(error)}") from None
     found: dict[str, Stored] = {}

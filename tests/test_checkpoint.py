@@ -298,14 +298,14 @@ def test_the_seed_that_a_file_claims_must_agree_even_if_all_tensors_are_equal(ma
     out = tmp_path / "model.safetensors"
     checkpoint.write(checkpoint.read_manifest(manifest), 5, out, 10**9)
     assert run(capsys, "verify", out, manifest, "--seed", 5).status == 0
-    for claimed in (b"6", b" "):
+    for claimed, shown in ((b"6", "6"), (b" ", "' '")):
         change(out, b'"gpuinit.seed":"5"', b'"gpuinit.seed":"' + claimed + b'"')
         found = run(capsys, "verify", out, manifest, "--seed", 5, "--json")
         assert found.status == 1
         assert json.loads(found.out)["differences"] == [
             {
                 "tensor": "--seed",
-                "problem": f"the file says that it was made with {claimed.decode()}, not 5",
+                "problem": f"the file says that it was made with {shown}, not 5",
             }
         ]
         change(out, b'"gpuinit.seed":"' + claimed + b'"', b'"gpuinit.seed":"5"')
@@ -332,7 +332,14 @@ def test_the_seed_that_any_shard_claims_must_agree(manifest, tmp_path, capsys, n
 
 @pytest.mark.parametrize(
     ("size", "status"),
-    [(lambda size: size, 0), (float, 0), (lambda size: size + 1, 1), (str, 1), (lambda size: None, 0)],
+    [
+        (lambda size: size, 0),
+        (float, 0),
+        (lambda size: size + 1, 1),
+        (str, 1),
+        (lambda size: 0, 1),
+        (lambda size: None, 0),
+    ],
 )
 def test_the_size_that_an_index_claims_must_agree(manifest, tmp_path, capsys, size, status):
     checkpoint.write(checkpoint.read_manifest(manifest), 5, tmp_path / "m.safetensors", 66_000)
