@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,6 +35,7 @@ BITS = {
 
 MOST_HEADER_BYTES = 100_000_000  # that the safetensors library reads
 MOST_NESTED = 127  # objects and arrays in one another, that serde_json reads
+MOST_OPEN = 16  # files at once
 STEP = 1000  # tensors between two reports of progress
 
 Advance = Callable[[int], object]  # told of so many bytes more
@@ -352,19 +353,22 @@ def check_places(tensors: dict[str, Stored], data: int) -> int:
 
 @contextmanager
 def open_data() -> Iterator[Callable[[Stored], BinaryIO]]:
-    """A function that gives a tensor's file, at its data. The last file, mostly the next too, stays open."""
-    with ExitStack() as stack:
-        last: tuple[Path, BinaryIO] | None = None
+    """A function that gives a tensor's file, at its data. A few files stay open, as the next is in one."""
+    files: dict[Path, BinaryIO] = {}
 
-        def open_at(tensor: Stored) -> BinaryIO:
-            nonlocal last
-            if last is None or last[0] is not tensor.file:
-                stack.close()
-                last = tensor.file, stack.enter_context(tensor.file.open("rb", buffering=0))
-            last[1].seek(tensor.start)
-            return last[1]
+    def open_at(tensor: Stored) -> BinaryIO:
+        if tensor.file not in files:
+            if len(files) == MOST_OPEN:
+                files.pop(next(iter(files))).close()
+            files[tensor.file] = tensor.file.open("rb", buffering=0)
+        files[tensor.file].seek(tensor.start)
+        return files[tensor.file]
 
+    try:
         yield open_at
+    finally:
+        for file in files.values():
+            file.close()
 
 
 def fingerprint(

@@ -180,20 +180,29 @@ def test_patterns_are_found_as_fnmatch_finds_them():
             assert find(name) == [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
 
 
-def test_the_data_of_a_file_are_opened_once(one_file, monkeypatch):
-    tensors = safetensors_file.read_model(one_file).tensors
+def test_the_data_of_a_file_are_opened_once(one_file, four_files, monkeypatch):
+    one, four = (safetensors_file.read_model(path).tensors for path in (one_file, four_files))
     entries = checkpoint.read_manifest(one_file)
     opened = []
     real = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda file, *given, **named: (opened.append(file), real(file, *given, **named))[1]
-    )
-    _, digests = safetensors_file.fingerprint(tensors)
-    assert len(digests) == MANY
-    assert opened == [one_file]
-    model = safetensors_file.Model({name: tensors[name] for name in names_of(20)}, {})
+
+    def opening(file: Path, *given: object, **named: object) -> object:
+        opened.append(real(file, *given, **named))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", opening)
+    assert safetensors_file.fingerprint(one) == safetensors_file.fingerprint(four)
+    assert [Path(file.name).name for file in opened] == [
+        one_file.name,
+        *(f"{i}.safetensors" for i in range(4)),
+    ]
+    monkeypatch.setattr(safetensors_file, "MOST_OPEN", 3)
+    safetensors_file.fingerprint({name: four[name] for name in names_of(8)})
+    assert len(opened) == 5 + 8
+    model = safetensors_file.Model({name: one[name] for name in names_of(20)}, {})
     assert len(checkpoint.verify(model, entries[:20], 0, "cpu")) == 20
-    assert opened == [one_file, one_file]
+    assert len(opened) == 5 + 8 + 1
+    assert all(file.closed for file in opened)
 
 
 def test_tables_of_any_length_fit_80_columns(capsys, monkeypatch):
