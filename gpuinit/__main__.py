@@ -9,11 +9,11 @@ These two run without the extra `cli`; gpuinit/cli.py has the other commands.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,55 +26,83 @@ from gpuinit import devices
 from gpuinit.backends import cpu
 from gpuinit.distributions import find_sampling
 from gpuinit.initializers import DTYPES, find_draw
+from gpuinit.messages import COMMANDS, ERROR, Parser, explained, say, stop
 
 # Fourth standardised moment of the normal truncated at +-2 (tests/test_distribution.py derives it).
 EXPECTED_KURTOSIS = 2.3655367172
+
+COMPLETE = "_GPUINIT_COMPLETE"  # by which a shell asks click for completions
+
+HELP = (
+    "Initial weights of neural networks: one seed, the same bits everywhere.",
+    "",
+    "gpuinit [COMMAND] [ARGUMENTS]",
+    "",
+    *(f"  {name:<13}{summary}" for name, summary in COMMANDS.items()),
+    "",
+    "Without a command: sample. gpuinit COMMAND -h tells of one, gpuinit -V the version.",
+    'All but sample and doctor need an extra: pip install "gpuinit[cli]", or "gpuinit[plot]".',
+    "",
+    "Exit status: 0; 1 where verify finds a difference, and nowhere else; 2 after an error;",
+    "128 + its number after a signal; 141 if the reader of the output stops, as `head -1`.",
+)
 
 ELEMENTS_AT_ONCE = 2**20  # of the array, when it is read for its statistics
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
+    with explained():
         run(list(sys.argv[1:] if arguments is None else arguments))
-    except BrokenPipeError:  # the reader had enough, as `head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails to flush at exit
-        sys.exit(1)
 
 
 def run(given: list[str]) -> None:
     first = given[0] if given else "sample"
-    if first == "sample":
+    if os.environ.get(COMPLETE):
+        run_cli(given)
+    elif first == "sample":
         sample_main(given[1:])
     elif first == "doctor":
         from gpuinit import doctor
 
         doctor.main(given[1:])
-    elif first[:1].isalpha() or first in ("-h", "--help", "--version"):
+    elif first in ("-h", "--help"):
+        say(*HELP)
+        sys.exit(0)
+    elif first in ("-V", "--version"):
+        say(f"gpuinit, version {gpuinit.__version__}")
+        sys.exit(0)
+    elif first in COMMANDS:
         run_cli(given)
-    else:  # the options or the shape of the default command
+    elif re.match(r"[-+\d]", first):  # the options or the shape of the default command
         sample_main(given)
+    else:
+        raise ValueError(f"the command must be {', '.join(COMMANDS)}, or the shape of sample, got {first!r}")
 
 
 def run_cli(given: list[str]) -> None:
     """The commands of gpuinit/cli.py, where the extra is installed."""
     try:
-        from gpuinit.cli import commands
+        from gpuinit import cli
     except ImportError as error:
         if error.name not in ("click", "rich"):
             raise
-        if given[0] in ("-h", "--help"):
-            sample_main(given)
-        what = f"`{given[0]}` needs click and rich, and {error.name} is not installed"
-        sys.exit(f'gpuinit: {what}. To install them: pip install "gpuinit[cli]"')
-    commands(given, prog_name="gpuinit")
+        what = f"`{given[0]}`" if given else "completion"
+        stop(
+            f"{what} needs click and rich, and {error.name} is not installed. "
+            'To install them: pip install "gpuinit[cli]"',
+            ERROR,
+        )
+    asked = os.environ.get(COMPLETE)
+    if asked:
+        cli.complete(asked, COMPLETE)
+    cli.run(given)
 
 
 def sample_main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpuinit sample",
         description="Fill one array with He-normal weights and compare it with theory.",
-        epilog="The other commands: doctor, and with the extra `cli` "
-        '(pip install "gpuinit[cli]") checkpoint, verify, fingerprint and plot.',
+        epilog="The other commands: gpuinit -h.",
     )
     parser.add_argument("sizes", type=int, nargs="*", metavar="SHAPE", help="by default 4096 4096")
     parser.add_argument("--shape", type=int, nargs="+", metavar="N", help="the same, as an option")
@@ -86,11 +114,8 @@ def sample_main(arguments: Sequence[str]) -> None:
     if options.shape and options.sizes:
         parser.error(f"the shape must be given once, got {options.sizes} and --shape {options.shape}")
     shape = tuple(options.shape or options.sizes or (4096, 4096))
-    try:
-        report = sample(shape, options.dtype, options.device, options.seed)
-    except (TypeError, ValueError, ImportError, MemoryError) as error:
-        parser.error(str(error))
-    print(json.dumps(report) if options.json else table(report), flush=True)
+    report = sample(shape, options.dtype, options.device, options.seed)
+    say(*[json.dumps(report)] if options.json else table(report).split("\n"))
 
 
 def sample(shape: tuple[int, ...], dtype: str, device: str | None, seed: int) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
+import threading
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +28,7 @@ import numpy as np
 
 import gpuinit
 from gpuinit import devices, safetensors_file
+from gpuinit.disk import FULL, exists, named, read_text, sync, sync_folder
 from gpuinit.initializers import DTYPES, find_draw, parse_dtype
 from gpuinit.safetensors_file import (
     MOST_HEADER_BYTES,
@@ -70,6 +73,16 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of its data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class File(NamedTuple):
+    """A file that was made: which one it is, once that is known, and the bytes that were written."""
+
+    status: os.stat_result | None = None
+    size: int = 0
+
+
+Made = dict[Path, File]
 
 
 def read_manifest(path: Path, watch: Watch = say_nothing) -> list[Entry]:
@@ -137,7 +150,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return {"like": path.name}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # of JSON, TOML and UTF-8
         kind = "TOML" if path.suffix == ".toml" else "JSON"
@@ -303,47 +316,152 @@ def write(
 ) -> list[Path]:
     """Write the model, in shards with an index where it is larger than one may be; returns the files.
 
-    Everything is written to temporary names, and moved into place once all of it is on the disk. Whatever
-    stops it, nothing that it made stays behind; only a process that is killed leaves its .partial files.
+    What the disk must offer in the end is tried first. Everything is written to temporary names, and moved
+    into place once all of it is on the disk. Whatever stops it before, nothing that it made stays behind, and
+    whatever fails then, all of it does: a note on the error says which. Only a process that is killed leaves
+    .partial files and says nothing.
     """
+
+    def make(check: Callable[[], None]) -> list[Path]:
+        def went_on(count: int) -> None:
+            check()
+            advance(count)
+
+        return write_all(entries, seed, path, max_shard_bytes, device, went_on)
+
+    return uninterrupted(make, f"{path} is complete")
+
+
+def uninterrupted(make: Callable[[Callable[[], None]], list[Path]], complete: str) -> list[Path]:
+    """What a thread of its own makes, or the error that ended it.
+
+    Python raises Ctrl-C in the main thread, at any point: between the opening of a file and the next step, or
+    in the middle of cleaning up. In another thread it raises nothing. That one is given a function to call
+    between its steps, which raises once nobody waits any more; it then cleans up, and is waited for.
+    """
+    waiting = threading.Lock()  # let go of in C, whatever comes
+    made: Future[list[Path]] = Future()
+
+    def check() -> None:
+        if not waiting.locked():
+            raise RuntimeError("nobody waits")
+
+    def run() -> None:
+        try:
+            check()
+            made.set_result(make(check))
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="gpuinit checkpoint")
+    try:
+        with waiting:
+            thread.start()
+            while not made.done():
+                wait([made], 1)  # on Windows, Ctrl-C comes in between
+            return made.result()
+    except KeyboardInterrupt as stopped:
+        while thread.is_alive():
+            with suppress(KeyboardInterrupt):
+                thread.join(1)
+        if made.done() and made.exception() is not stopped:
+            error = made.exception()
+            for note in getattr(error, "__notes__", []) if error else [complete]:
+                stopped.add_note(note)
+        raise
+
+
+def write_all(
+    entries: list[Entry], seed: int, path: Path, max_shard_bytes: int, device: str | None, advance: Advance
+) -> list[Path]:
     shards = split(entries, max_shard_bytes)
     index = path.with_name(path.name + ".index.json")
     files = [path]
     if len(shards) > 1:
         names = [f"{path.stem}-{i + 1:05}-of-{len(shards):05}{path.suffix}" for i in range(len(shards))]
         files = [path.with_name(name) for name in names]
-    targets = [path, index, *files]
-    check_place(path, targets, sum(entry.nbytes for entry in entries))
+    check_place(path, [path, index, *files], sum(entry.nbytes for entry in entries))
 
-    made: list[Path] = []
+    made: Made = {}
     try:
+        rehearse(path.parent, made)
+        if len(shards) > 1:  # first, so that it does not fail when all else is made
+            with create(index, made) as out:
+                put(out, index_of(files, shards))
         for file, shard in zip(files, shards, strict=True):
             with create(file, made) as out:
                 write_shard(out, shard, seed, device, advance)
-        if len(shards) > 1:
-            with create(index, made) as out:
-                out.write(index_of(files, shards))
-            files.append(index)  # last, so that there is no index before all shards are in place
-        check_free(targets)  # that took a while
+    except BaseException as error:
+        error.add_note(remove(made))
+        raise
+    if len(shards) > 1:
+        files.append(index)  # last, so that there is no index before all shards are in place
+    try:
+        check_free([path, index, *files])  # that took a while
         for file in files:
-            made.append(file)
-            partial(file).rename(file)
+            place(file, made)
         sync_folder(path.parent)
-    except BaseException:
-        remove(made)
+    except OSError as error:
+        error.add_note(kept(files, made))
+        raise
+    except BaseException as error:
+        error.add_note(remove(made))
         raise
     return files
 
 
-def remove(files: list[Path]) -> None:
-    """Remove those that are there, even if Ctrl-C is pressed once more."""
-    while True:
+def rehearse(folder: Path, made: Made) -> None:
+    """Do with one byte what the end takes: an object store that is mounted may have no rename."""
+    file = folder / f".gpuinit-{secrets.token_hex(8)}"  # nobody else's
+    try:
+        with create(file, made) as out:
+            put(out, b"0")
+        place(file, made)
+        sync_folder(folder)
+        file.unlink()
+        del made[file]
+    except OSError as error:
+        words = (
+            f"{error.strerror or error}, when one byte was written and renamed there, as the model will be"
+        )
+        advice = "" if error.errno in FULL else ". Choose another folder"
+        raise OSError(error.errno, words + advice, str(folder)) from None
+
+
+def remove(made: Made) -> str:
+    """Remove the files that are still those that were made; in words, what is left."""
+    left = []
+    for file, (status, _) in made.items():
         try:
-            for file in files:
+            if status is None or same_file(file, status):
                 file.unlink(missing_ok=True)
-        except KeyboardInterrupt:
-            continue
-        return
+            elif exists(file):
+                left.append(f"{file}, which may be another's")
+        except OSError as error:
+            left.append(f"{file} ({error.strerror})")
+    return f"Left behind: {enumerated(left)}. To be deleted by hand" if left else "Nothing was left behind"
+
+
+def same_file(file: Path, status: os.stat_result) -> bool:
+    return exists(file) and os.path.samestat(file.lstat(), status)
+
+
+def kept(files: list[Path], made: Made) -> str:
+    """In words, where files are that could not all be moved into place, and what is to be done."""
+    placed = [file for file in files if file in made]
+    if len(placed) == len(files):
+        return "All files are in place"
+    waiting = [partial(file) for file in files if file not in made and os.path.lexists(partial(file))]
+    if len(placed) + len(waiting) == len(files):
+        return f"All is written: to finish, take .partial off the name of {enumerated(waiting)}"
+    left = enumerated([*placed, *waiting])
+    return f"Left behind: {left}. The rest is gone" if left else "Nothing was left behind"
+
+
+def enumerated(names: Sequence[object]) -> str:
+    """The names, or so many that one message holds them."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown) if len(shown) < 5 else f"{shown[0]} to {shown[-1]}, {len(shown)} files"
 
 
 def split(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
@@ -371,45 +489,82 @@ def check_place(path: Path, files: list[Path], size: int) -> None:
         raise FileNotFoundError(f"{path.parent} is no folder. Make it first, or choose another place")
     check_free(files)
     for file in files:
-        if os.path.lexists(partial(file)):
+        if exists(partial(file)):
             raise FileExistsError(
-                f"{partial(file)} exists: another gpuinit is writing it, or one was killed. "
+                f"{partial(file)} exists: another gpuinit is writing it, or one did not finish. "
                 "If none is running, delete it"
             )
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise OSError(f"{path.parent} has {in_units(free)} free, and {path.name} takes {in_units(size)}")
+    try:
+        disk = shutil.disk_usage(path.parent)
+    except OSError:
+        return  # it does not tell
+    if 0 < disk.free < size and disk.total:  # object stores say 0
+        raise OSError(f"{path.parent} has {in_units(disk.free)} free, and {path.name} takes {in_units(size)}")
 
 
 def check_free(files: list[Path]) -> None:
     for file in files:
-        if os.path.lexists(file):  # a link that leads nowhere would be replaced as well
+        if exists(file):  # a link that leads nowhere would be replaced as well
             raise FileExistsError(f"{file} exists already. Delete it, or choose another name")
 
 
 @contextmanager
-def create(file: Path, made: list[Path]) -> Iterator[BinaryIO]:
+def create(file: Path, made: Made) -> Iterator[BinaryIO]:
     """Open the temporary file of a new one, which is noted in made; on the disk when it is closed."""
-    with partial(file).open("xb") as out:
-        made.append(partial(file))
+    temporary = partial(file)
+    made[temporary] = File()  # before it is there, so that it is never there without
+    try:
+        out = temporary.open("xb")
+    except OSError:
+        del made[temporary]  # another's, if it is there
+        raise
+    try:
+        status = os.fstat(out.fileno())
+        made[temporary] = File(status)
         yield out
-        out.flush()
-        os.fsync(out.fileno())
+        sync(out, temporary)
+        made[temporary] = File(status, out.tell())
+        if not same_file(temporary, status):  # some file systems number a file anew once it is closed
+            raise OSError(errno.ENOENT, "another process has deleted or replaced it", str(temporary))
+    except BaseException:
+        with suppress(OSError):
+            out.close()
+        raise
+    with named(temporary):
+        out.close()
+
+
+def place(file: Path, made: Made) -> None:
+    """Move a file that was made to its name."""
+    temporary = partial(file)
+    with named(temporary):
+        size = temporary.stat().st_size
+        if size != made[temporary].size:  # lost, or another's that has taken its place
+            wanted = made[temporary].size
+            raise OSError(errno.EIO, f"{wanted} bytes were written, and {size} are there", str(temporary))
+        check_free([file])
+        temporary.rename(file)
+    made[file] = made.pop(temporary)
 
 
 def write_shard(out: BinaryIO, shard: list[Entry], seed: int, device: str | None, advance: Advance) -> None:
     # The widest dtypes first, then by name, as the safetensors library lays them out: all are aligned.
     shard = sorted(shard, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.name))
-    out.write(header_of(shard, seed))
+    put(out, header_of(shard, seed))
     with ThreadPoolExecutor(1) as writer:  # writes one window while the next is made
         pending: Future[int] | None = None
         for entry in shard:
             for window in windows(entry, seed, device, held=2):
                 if pending is not None:
                     advance(pending.result())
-                pending = writer.submit(out.write, window.reshape(-1).view(np.uint8).data)
+                pending = writer.submit(put, out, window.reshape(-1).view(np.uint8).data)
         if pending is not None:
             advance(pending.result())
+
+
+def put(out: BinaryIO, data: bytes | memoryview) -> int:
+    with named(getattr(out, "name", None)):
+        return out.write(data)
 
 
 def header_of(shard: list[Entry], seed: int) -> bytes:
@@ -438,19 +593,6 @@ def index_of(files: list[Path], shards: list[list[Entry]]) -> bytes:
     places = {entry.name: file.name for file, shard in zip(files, shards, strict=True) for entry in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the new names survive a loss of power; Windows and some network disks have no way to."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(number)
 
 
 def in_units(size: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +25,7 @@ from gpuinit.backends import cpu, cuda
 from gpuinit.initializers import DTYPES
 from gpuinit.limits import cpu_quota
 from gpuinit.loading import place_of
+from gpuinit.messages import ERROR, Parser, say
 from gpuinit.stream import STREAM_FORMAT
 
 SHAPE = (1000, 1001)
@@ -55,18 +55,22 @@ ASCII_MARKS = {OK: "ok", FAILED: "X", ABSENT: "-"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpuinit doctor",
         description="Describe this installation, and check the bytes that every backend here makes.",
-        epilog="Exit status 1 if something that should work does not; no CUDA is no fault.",
+        epilog="Exit status 2 if something that should work does not; no CUDA is no fault.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(arguments)
     report = examine()
-    text = json.dumps(report, indent=2) if options.json else table(report, marks(sys.stdout.encoding))
-    print(text, flush=True)
+    text = (
+        json.dumps(report, indent=2)
+        if options.json
+        else table(report, marks(getattr(sys.stdout, "encoding", None)))
+    )
+    say(*text.split("\n"))
     if not report["healthy"]:
-        sys.exit(1)
+        sys.exit(ERROR)
 
 
 def marks(encoding: str | None) -> dict[str, str]:

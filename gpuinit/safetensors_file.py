@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gpuinit.devices import describe
+from gpuinit.disk import open_file, read_text
 
 # The bits of an element of every dtype that the safetensors library 0.8 knows.
 BITS = {
@@ -79,7 +80,7 @@ def read_model(path: Path, whole: bool = True, watch: Watch = say_nothing) -> Mo
 def read_shards(path: Path, whole: bool, watch: Watch) -> Model:
     """The headers of all files of an index."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        index = json.loads(read_text(path), object_pairs_hook=unique)
         places = index["weight_map"]
         files = {name: path.parent / file_name(name) for name in dict.fromkeys(places.values())}
         about = index.get("metadata")
@@ -132,7 +133,7 @@ def file_name(value: object) -> str:
 
 def measure_header(path: Path) -> int:
     """The bytes of a file's header."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return header_length(path, file)
 
 
@@ -148,7 +149,7 @@ def read_header(
     path: Path, whole: bool, advance: Callable[[int], object] = lambda done: None
 ) -> tuple[dict[str, Stored], dict[str, str]]:
     """The header of one file; where the data are wanted too, that they are all there."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length = header_length(path, file)
         text = file.read(length)
         size = os.fstat(file.fileno()).st_size
@@ -360,7 +361,7 @@ def open_data() -> Iterator[Callable[[Stored], BinaryIO]]:
         if tensor.file not in files:
             if len(files) == MOST_OPEN:
                 files.pop(next(iter(files))).close()
-            files[tensor.file] = tensor.file.open("rb", buffering=0)
+            files[tensor.file] = open_file(tensor.file, buffering=0)
         files[tensor.file].seek(tensor.start)
         return files[tensor.file]
 

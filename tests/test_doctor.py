@@ -99,7 +99,7 @@ def test_wrong_bytes_are_found_and_are_the_exit_status(monkeypatch, no_cuda, cap
     monkeypatch.setattr("gpuinit.quantile.R", broken)
     monkeypatch.setattr("gpuinit.backends.cpu.numba_problem", lambda: "not here")
     status, text = run(capsys)
-    assert status == 1
+    assert status == 2
     assert "✗  cpu, numpy   he_normal makes wrong bytes in float32." in text
     assert "failed: see ✗ above" in text
 
@@ -111,7 +111,7 @@ def test_a_kernel_that_does_not_compile_is_a_failure_with_cause_and_remedy(cupy_
     monkeypatch.setattr(cupy_sim.RawKernel, "compile", refuse)
     status, text = run(capsys, "--json")
     (check,) = [check for check in json.loads(text)["checks"] if check["backend"] == "cuda"]
-    assert (status, check["status"]) == (1, "failed")
+    assert (status, check["status"]) == (2, "failed")
     assert "no headers found" in check["detail"]
     assert devices.INSTALL in check["detail"]
 
@@ -162,7 +162,7 @@ def test_a_compiler_that_fails_without_a_device_is_a_failure(
     status, text = run(capsys, "--json")
     report = json.loads(text)
     (check,) = [check for check in report["checks"] if check["backend"] == "cuda, nvrtc"]
-    assert (status, report["healthy"], check["status"]) == (1, False, "failed")
+    assert (status, report["healthy"], check["status"]) == (2, False, "failed")
     assert statuses(report)["cuda"] == "absent"
     assert cause in check["detail"]
     assert devices.INSTALL in check["detail"]

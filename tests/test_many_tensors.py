@@ -184,13 +184,13 @@ def test_the_data_of_a_file_are_opened_once(one_file, four_files, monkeypatch):
     one, four = (safetensors_file.read_model(path).tensors for path in (one_file, four_files))
     entries = checkpoint.read_manifest(one_file)
     opened = []
-    real = Path.open
+    real = safetensors_file.open_file
 
-    def opening(file: Path, *given: object, **named: object) -> object:
-        opened.append(real(file, *given, **named))
+    def opening(file: Path, buffering: int = -1) -> object:
+        opened.append(real(file, buffering))
         return opened[-1]
 
-    monkeypatch.setattr(Path, "open", opening)
+    monkeypatch.setattr(safetensors_file, "open_file", opening)
     assert safetensors_file.fingerprint(one) == safetensors_file.fingerprint(four)
     assert [Path(file.name).name for file in opened] == [
         one_file.name,
