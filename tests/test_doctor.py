@@ -207,7 +207,7 @@ def test_a_setting_that_makes_every_fill_fail_is_a_failure(no_cuda, monkeypatch,
     monkeypatch.setenv(name, value)
     status, text = run(capsys, "--json")
     report = json.loads(text)
-    assert (status, report["healthy"]) == (1, False)
+    assert (status, report["healthy"]) == (2, False)
     (check,) = [check for check in report["checks"] if check["status"] == "failed"]
     assert (check["backend"], check["detail"]) == ("settings", f"{cause}. Correct or unset it")
     assert statuses(report)["cpu, numpy"] == "ok"  # all else is as without the setting
@@ -221,7 +221,7 @@ def test_an_engine_that_is_forced_and_not_there_is_a_failure(no_cuda, monkeypatc
     monkeypatch.setattr(cpu, "numba_problem", lambda: "Numba is not installed. To install it: pip")
     monkeypatch.setattr(doctor, "version", lambda package: "not installed")
     status, text = run(capsys, "--json")
-    assert status == 1
+    assert status == 2
     assert statuses(json.loads(text)) | {"cuda": ""} == {
         "settings": "failed",
         "cpu, numpy": "ok",
@@ -240,7 +240,7 @@ def test_settings_that_are_right_are_no_check(no_cuda, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("installed", "status", "mark"), [({}, 0, "absent"), ({"cupy": ["cupy-cuda12x"]}, 1, "failed")]
+    ("installed", "status", "mark"), [({}, 0, "absent"), ({"cupy": ["cupy-cuda12x"]}, 2, "failed")]
 )
 def test_a_module_called_cupy_is_told_and_is_a_fault_if_it_hides_cupy(
     monkeypatch, capsys, installed, status, mark
