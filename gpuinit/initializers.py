@@ -96,7 +96,7 @@ def he_normal(
     Raises:
         TypeError, ValueError: An argument that cannot be used, before anything is made or written. So is a
             width with which a weight could be infinite in the dtype, or every weight would be 0.
-        RuntimeError: `out` is on a CUDA device and CUDA cannot be used.
+        RuntimeError: `out` is on a CUDA device and CUDA cannot be used, or a tensor of torch in what traces.
 
     References:
         He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852;

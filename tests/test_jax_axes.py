@@ -217,7 +217,10 @@ def test_modules_of_nnx_tell_their_axes():
     assert isinstance(filled, Everything)
     expected = core((6, 3, 5, 7), seed=3, name="convolutions/kernel", in_axis=3, out_axis=2, batch_axis=0)
     assert same(filled.convolutions.kernel[...], expected)
-    glorot = stds(model, ("general/kernel", gpuinit.glorot_normal), ("layers/2/*", gpuinit.glorot_normal))
+    glorot = stds(
+        model, *((f"{name}/kernel", gpuinit.glorot_normal) for name in ("general", "shared", "layers/2"))
+    )
+    assert glorot["shared/kernel"] == pytest.approx(math.sqrt(2 / (24 + 4)))
     assert glorot["general/kernel"] == pytest.approx(math.sqrt(2 / (128 + 256)))
     assert glorot["layers/2/kernel"] == pytest.approx(math.sqrt(2 / (9 * (3 + 8))))
 
@@ -280,8 +283,9 @@ def test_haiku_modules():
         x = hk.DepthwiseConv2D(2, 3)(x)
         x = hk.SeparableDepthwiseConv2D(2, 3)(x)
         x = hk.Conv2D(7, 3, data_format="NCHW")(x)
+        x = hk.Conv2DTranspose(5, 3, data_format="NCHW")(x)  # its bias is (5, 1, 1)
         x = hk.Linear(5)(x)
-        cell = hk.Conv2DLSTM((7, 9), 4, 3)
+        cell = hk.Conv2DLSTM((5, 9), 4, 3)
         return cell(x[0][None], cell.initial_state(1))
 
     shapes = jax.eval_shape(hk.transform(forward).init, jax.random.key(0), jnp.ones((1, 9, 9, 4)))
@@ -294,10 +298,9 @@ def test_haiku_modules():
         separable: 3,
         f"{separable}_1": 3,
         "conv2_d_1": 9 * 9,
-        "linear": 5,
+        "conv2_d_transpose_1": 9 * 7,
     }.items():
-        if module != "linear":
-            assert found[f"{module}/w"] == pytest.approx(math.sqrt(2 / fan_in)), module
+        assert found[f"{module}/w"] == pytest.approx(math.sqrt(2 / fan_in)), module
     assert found["conv2_dlstm/hidden_to_hidden/w"] == pytest.approx((9 * 4) ** -0.5)
     shapes = {"conv2_d_transpose": {"w": f32(3, 3, 6, 8)}}
     with pytest.raises(ValueError, match=r"^rules must name the axes .*got none for conv2_d_transpose/w"):
@@ -312,6 +315,12 @@ UNKNOWN = {
     "a part of attention": {"query": {"kernel": f32(16, 4, 8)}, "key": {"kernel": f32(16, 4, 8)}},
     "attention by convolutions": {
         name: {"kernel": f32(1, 16, 4)} for name in ("query", "key", "value", "out")
+    },
+    "attention in stacks that differ": {
+        name: {"kernel": f32(*shape)}
+        for name, shape in zip(
+            ("query", "key", "value", "out"), [(3, 16, 4, 8)] * 3 + [(2, 4, 8, 16)], strict=True
+        )
     },
     "a stack of Conv or one": {"layers": {"Conv_0": {"kernel": f32(3, 3, 8, 16)}}},
     "a stack of Conv of three axes or one": {"a": {"conv": {"kernel": f32(2, 3, 3, 8, 16)}}, "b": f32(1)},
@@ -352,6 +361,17 @@ def test_axes_that_cannot_be_told_are_an_error_with_rules_that_work(kind, monkey
             assert fan_in is None or shapes[row.name] == pytest.approx(math.sqrt(2 / fan_in)), row
     if "two axes" in kind:
         assert report[-1].std == pytest.approx(math.sqrt(2 / 16))
+
+
+def test_the_bias_is_believed_before_a_name():
+    """As of ConvTranspose(transpose_kernel=True) that is called conv, and of a stack of Conv_0."""
+    for kernel, bias, fan_in in (
+        ((3, 6, 8), (6,), 24),
+        ((3, 5, 6, 8), (6,), 120),
+        ((4, 3, 6, 8), (4, 8), 18),
+    ):
+        tree = {"conv": {"kernel": f32(*kernel), "bias": f32(*bias)}, "Dense_0": {"kernel": f32(8, 4)}}
+        assert stds(tree)["conv/kernel"] == pytest.approx(math.sqrt(2 / fan_in))
 
 
 def test_rules_of_the_caller_name_axes_too():

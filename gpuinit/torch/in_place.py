@@ -75,9 +75,11 @@ def he_normal_(
 
     Raises:
         TypeError, ValueError: An argument that cannot be used, before anything is written: a sparse,
-            quantised, complex or integer tensor, one whose elements share memory, a Partial DTensor.
-        RuntimeError: make_fx, torch.export or torch.func traces the tensor: a fill is none of torch's
-            operations, and they would miss it.
+            quantised, complex or integer tensor, one whose elements share memory or have none (storage
+            that FSDP has freed, a placeholder of ZeRO-3), a Partial DTensor; and what autograd has computed
+            from other tensors, as weight norm and pruning do, since it is computed anew without the fill.
+        RuntimeError: make_fx, torch.export, torch.func, torch.jit.trace or torch.fx is at work: a fill is
+            none of torch's operations, and they would miss it; or a FakeTensorMode, on a real tensor.
 
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015; `gpuinit.he_normal`.
     `torch.nn.init.kaiming_normal_` is not truncated.
