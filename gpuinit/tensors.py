@@ -19,23 +19,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def not_inlined(function: Callable[P, T]) -> Callable[P, T]:
-    """Have torch.compile break its graph at a call of a function. What that calls it may still compile."""
-    function.__dict__["_torchdynamo_disable"] = True
-    function.__dict__["_torchdynamo_disable_msg"] = "a fill is in no graph"
-    return function
-
-
-@not_inlined  # as it would walk, and guard, all of the modules
 def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
+
+
+# torch.compile breaks its graph here, as at what it disables. It would walk, and guard, all of the modules.
+compiler_is_loaded.__dict__.update(
+    _torchdynamo_disable=True, _torchdynamo_disable_msg="a fill is in no graph"
+)
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """Let torch.compile break its graph at a function, and run it as it is, with all that it calls."""
     disabled: list[Callable[P, T]] = []
 
-    @not_inlined
     @wraps(function)
     def call(*args: P.args, **words: P.kwargs) -> T:
         if not compiler_is_loaded():  # nor loaded by us
