@@ -106,19 +106,27 @@ def find_stack_level() -> int:
 
 def cuda_problem() -> str | None:
     """Why CUDA cannot be used in this process, with the remedy; None where it can."""
-    return find_cuda_problem(os.getpid())  # a forked child must look anew
+    try:
+        return find_cuda_problem(os.getpid())  # a forked child must look anew
+    except NotNowError as error:
+        return str(error)
+
+
+class NotNowError(Exception):
+    """Why CUDA cannot be looked for now: another time it may, so that this is not remembered."""
 
 
 @cache
 def find_cuda_problem(process: int) -> str | None:
     if not can_load("cupy"):
-        return (
-            "another thread was importing as this process was forked, so importing CuPy may never end here. "
-            'Use the "spawn" start method of multiprocessing, or fork before or after'
+        raise NotNowError(
+            "an import that another thread had begun as this process was forked, or that a signal stopped, "
+            'is not over, so importing CuPy may never end. Use the "spawn" start method of multiprocessing, '
+            "or fork before or after"
         )
     free = free_address_space()
     if "cupy" not in sys.modules and free < ROOM_FOR_CUPY:
-        return (
+        raise NotNowError(
             f"CuPy needs {ROOM_FOR_CUPY >> 20} MiB of address space, and the limit of this process leaves "
             f"{max(0, int(free)) >> 20}. Raise the limit (ulimit -v, ulimit -d)"
         )

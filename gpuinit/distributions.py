@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuinit import quantile
+from gpuinit import loading, quantile
 from gpuinit.quantile import Array, Numbers
 from gpuinit.stream import is_scalar
 
@@ -289,6 +289,7 @@ def sampling(draw: Draw, kind: Any) -> tuple[int, Numbers, Sequence[Any] | Array
 
 @cache
 def exact() -> Any:
-    from gpuinit import exact  # here, as it imports fractions
+    with loading.brief:
+        from gpuinit import exact  # here, as it imports fractions
 
     return exact

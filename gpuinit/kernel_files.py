@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuinit import loading
+
 
 @cache
 def read(name: str) -> str:
     """The text of a file: inside the package in a wheel, beside it in a checkout or an editable install."""
-    from pathlib import Path  # here, as it is slow to import
+    with loading.brief:
+        from pathlib import Path  # here, as it is slow to import
 
     package = Path(__file__).parent
     for folder in (package / "kernels", package.parent / "kernels"):

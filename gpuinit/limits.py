@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
+from gpuinit import loading
+
 PROCESS = "/proc/self"
 
 
@@ -83,7 +85,8 @@ def lines_of(path: str) -> list[str]:
 def free_address_space(process: str = PROCESS) -> float:
     """Bytes that the process may still map under `ulimit -v` and `ulimit -d`; infinite without a limit."""
     try:
-        import resource
+        with loading.brief:
+            import resource
     except ImportError:  # Windows, which has no such limits
         return math.inf
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+brief = threading.RLock()  # held over imports of milliseconds, and over a fork, which waits for them
+forking = threading.local()
+
 under_way: list[tuple[int, str]] = []  # the thread, and what this package is loading there
 lost: set[str] = set()  # in a forked child: what other threads were loading at the fork
 
@@ -24,11 +27,24 @@ lost: set[str] = set()  # in a forked child: what other threads were loading at 
 def loading(name: str) -> Iterator[None]:
     """Whatever imports or compiles for long, on the way to this module."""
     entry = threading.get_ident(), name
-    under_way.append(entry)
     try:
+        under_way.append(entry)
         yield
     finally:
-        under_way.remove(entry)
+        if entry in under_way:  # not where Ctrl-C came before it
+            under_way.remove(entry)
+
+
+def hold_back_brief_imports() -> None:
+    """Before a fork. No longer than a second, as an import may wait for the thread that forks."""
+    forking.holds = False
+    forking.holds = brief.acquire(timeout=1)
+
+
+def let_go_of_brief_imports() -> None:
+    """After it, on both sides."""
+    if forking.holds:
+        brief.release()
 
 
 def unfinished() -> set[str]:
@@ -84,4 +100,9 @@ def numba_compiles_elsewhere() -> bool:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(
+        before=hold_back_brief_imports,
+        after_in_parent=let_go_of_brief_imports,
+        after_in_child=let_go_of_brief_imports,
+    )
     os.register_at_fork(after_in_child=note_what_is_lost)

@@ -11,6 +11,8 @@ from math import prod
 from types import EllipsisType
 from typing import Any, NamedTuple, SupportsIndex
 
+from gpuinit import loading
+
 Index = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
 
 STREAM_FORMAT = 2  # docs/stream-format.md
@@ -101,7 +103,8 @@ def parse_name(name: str | None) -> int:
 
 @cache
 def blake2b() -> Any:
-    from hashlib import blake2b  # here, as it loads OpenSSL, a tenth of the time to import this package
+    with loading.brief:
+        from hashlib import blake2b  # here, as it loads OpenSSL, a tenth of the time to import this package
 
     return blake2b
 

@@ -290,6 +290,60 @@ print(fork_during(check))
     assert run(code, expected) == "-14\n"
 
 
+BRIEF = {
+    "fractions": "gpuinit.normal((3, 4), seed=1)",
+    "pathlib": "gpuinit.normal((3, 4), seed=1)",
+    "hashlib": "gpuinit.he_normal(3, seed=1, name='w')",
+}
+
+
+@pytest.mark.parametrize("module", BRIEF)
+def test_a_fork_waits_for_imports_of_milliseconds(expected, module):
+    """Which are not noted: the child makes such an array too."""
+    code = f"""
+import time
+os.environ["GPUINIT_CPU_ENGINE"] = "numpy"
+for name in ("gpuinit.exact", {module!r}):
+    sys.modules.pop(name, None)
+def wait_a_moment():
+    if os.getpid() == parent:
+        reached.set()
+        time.sleep(0.2)
+sys.meta_path.insert(0, Stops({module!r}, wait_a_moment))
+CHILD = lambda: {BRIEF[module]}
+print(fork_during(lambda: {BRIEF[module]}))
+assert loading.brief.acquire(blocking=False)
+"""
+    assert run(code, expected) == "0\n"
+
+
+def test_an_interrupt_as_a_load_is_noted_leaves_nothing_noted(expected):
+    code = """
+class Interrupted(list):
+    def append(self, entry):
+        super().append(entry)
+        raise KeyboardInterrupt
+loading.under_way = Interrupted()
+for _ in range(2):
+    try:
+        with loading.loading("numba"):
+            pass
+    except KeyboardInterrupt:
+        print(loading.under_way, loading.unfinished())
+"""
+    assert run(code, expected) == "[] set()\n" * 2
+
+
+def test_what_is_not_to_be_loaded_now_is_not_remembered(expected):
+    """A handler of a signal that comes while its thread loads Numba, say."""
+    code = """
+with loading.loading("numba"):
+    assert "an import" in devices.cuda_problem()
+print("an import" in (devices.cuda_problem() or ""))
+"""
+    assert run(code, expected) == "False\n"
+
+
 def test_without_a_fork_nothing_is_lost():
     from gpuinit import loading
 

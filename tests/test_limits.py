@@ -185,7 +185,7 @@ def test_within_little_address_space_numpy_does_the_work(expected, kind, limit):
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
 def test_cupy_is_not_imported_within_little_address_space(expected):
     """It took what the weights needed, for a user who had not asked for it."""
-    assert run_within(900 * MIB, device=None)[:2] == (0, [expected, "False", "False"])
+    assert run_within(800 * MIB, device=None)[:2] == (0, [expected, "False", "False"])
 
 
 @linux
@@ -193,7 +193,7 @@ def test_numba_that_is_asked_for_is_an_error_within_little_address_space():
     status, _, error = run_within(400 * MIB, GPUINIT_CPU_ENGINE="numba")
     assert status == 1
     assert error.startswith(
-        "ImportError: GPUINIT_CPU_ENGINE is numba, but Numba needs 448 MiB of address space, and the limit "
+        "ImportError: GPUINIT_CPU_ENGINE is numba, but Numba needs 384 MiB of address space, and the limit "
         "of this process leaves "
     )
     assert error.endswith(". Raise the limit (ulimit -v, ulimit -d), or set GPUINIT_CPU_ENGINE=numpy")

@@ -98,6 +98,14 @@ def test_scratch_is_kept_for_few_sizes_of_small_arrays():
     assert not cpu.kept
 
 
+def test_scratch_stays_bounded_though_threads_add_to_it(monkeypatch):
+    """Two that see one place left, as it were."""
+    for size in range(1, 2 * cpu.MOST_KEPT):
+        cpu.kept[size, quantile.FLOAT32] = None
+    gpuinit.he_normal((64, 64), seed=1)
+    assert len(cpu.kept) == 1
+
+
 def test_the_second_array_of_a_size_allocates_nothing_but_itself(monkeypatch):
     gpuinit.he_normal((64, 64), seed=1)
     monkeypatch.setattr(quantile, "make_memory", lambda n: pytest.fail("memory was made again"))

@@ -59,7 +59,7 @@ SMALL = 2**18
 # Address space, in bytes, that Numba takes to load and compile a first function, and to compile another.
 # Measured in the growth of VmPeak with Numba 0.68 on x86-64 Linux: 181 MiB by the import, 149 by the first
 # function, 11 by one more. With 326 MiB left it ended in a segmentation fault, or never; with 365 it worked.
-ROOM_TO_LOAD = 448 * 2**20
+ROOM_TO_LOAD = 384 * 2**20
 ROOM_FOR_ANOTHER = 64 * 2**20
 
 elements_made = 0  # by the NumPy engine in this process; near enough where threads race
@@ -404,7 +404,7 @@ def fill_rows(
         weights(block, stream, key, distribution, numbers, scratch, scratch.placed)
         out[...] = scratch.weights.reshape(len(out), -1)[:, phase : phase + out.shape[1]]
     if memory is None:
-        if len(kept) == MOST_KEPT:
+        if len(kept) >= MOST_KEPT:  # other threads add to it too
             kept.clear()
         kept[block.size, sample_type] = scratch
 
