@@ -19,7 +19,7 @@ import shutil
 import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import gpuinit
-from gpuinit import devices, safetensors_file
+from gpuinit import devices
 from gpuinit.disk import FULL, exists, named, read_text, sync, sync_folder
 from gpuinit.initializers import DTYPES, find_draw, parse_dtype
 from gpuinit.safetensors_file import (
@@ -38,6 +38,7 @@ from gpuinit.safetensors_file import (
     Stored,
     Watch,
     open_data,
+    read_model,
     say_nothing,
     shown,
     unique,
@@ -201,7 +202,7 @@ def read_like(path: Path, manifest: dict[str, Any], watch: Watch) -> dict[str, A
         return {}
     if not isinstance(manifest["like"], str) or not Path(manifest["like"]).name:
         raise ValueError(f"{path}: like must be the path of a file, got {manifest['like']!r}")
-    stored = safetensors_file.read_model(path.parent / manifest["like"], whole=False, watch=watch).tensors
+    stored = read_model(path.parent / manifest["like"], whole=False, watch=watch).tensors
     # A dtype that holds no weights is left as it is, for the message, unless the tensor is skipped.
     return {
         name: {"shape": tensor.shape, "dtype": NAMES.get(tensor.code, tensor.code)}
@@ -339,7 +340,8 @@ def uninterrupted(make: Callable[[Callable[[], None]], list[Path]], complete: st
     in the middle of cleaning up. In another thread it raises nothing. That one is given a function to call
     between its steps, which raises once nobody waits any more; it then cleans up, and is waited for.
     """
-    waiting = threading.Lock()  # let go of in C, whatever comes
+    # Locks, as they are taken and let go of in C: what waits in Python an interrupt may leave half done.
+    waiting, running = threading.Lock(), threading.Lock()
     made: Future[list[Path]] = Future()
 
     def check() -> None:
@@ -352,15 +354,18 @@ def uninterrupted(make: Callable[[Callable[[], None]], list[Path]], complete: st
             made.set_result(make(check))
         except BaseException as error:
             made.set_exception(error)
+        finally:
+            running.release()
 
     thread = threading.Thread(target=run, name="gpuinit checkpoint")
+    running.acquire()
     try:
         with waiting:
             thread.start()
-            while not made.done():
-                wait([made], 1)  # on Windows, Ctrl-C comes in between
+            while not running.acquire(timeout=1):  # on Windows, Ctrl-C comes in between
+                pass
             return made.result()
-    except KeyboardInterrupt as stopped:
+    except BaseException as stopped:
         while thread.is_alive():
             with suppress(KeyboardInterrupt):
                 thread.join(1)
@@ -375,6 +380,7 @@ def write_all(
     entries: list[Entry], seed: int, path: Path, max_shard_bytes: int, device: str | None, advance: Advance
 ) -> list[Path]:
     shards = split(entries, max_shard_bytes)
+    check_output(path, len(shards))
     index = path.with_name(path.name + ".index.json")
     files = [path]
     if len(shards) > 1:
@@ -481,10 +487,20 @@ def partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
 
 
-def check_place(path: Path, files: list[Path], size: int) -> None:
-    """That nothing is overwritten, and that there is room as far as the disk tells."""
+def check_output(path: Path, shards: int) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"the output must be named *.safetensors, got {path}")
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        if shards > 1:
+            raise ValueError(
+                f"the output must be named in UTF-8, as an index names its {shards} files, got {path}"
+            ) from None
+
+
+def check_place(path: Path, files: list[Path], size: int) -> None:
+    """That nothing is overwritten, and that there is room as far as the disk tells."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder. Make it first, or choose another place")
     check_free(files)

@@ -33,10 +33,10 @@ def open_file(path: Path, buffering: int = -1) -> Any:
         check_regular(path, path.stat())
         wait_not = getattr(os, "O_NONBLOCK", 0)  # should it become a pipe meanwhile
         file = open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | wait_not))  # noqa: SIM115
-    except ValueError as error:
-        if "null" in str(error):
-            raise ValueError(f"a path must have no null character, got {str(path)!r}") from None
-        raise
+    except ValueError:
+        raise ValueError(
+            f"a path must have no null character and no half of a surrogate pair, got {str(path)!r}"
+        ) from None
     try:
         check_regular(path, os.fstat(file.fileno()))
     except OSError:

@@ -68,23 +68,23 @@ class Parser(argparse.ArgumentParser):
 @contextmanager
 def explained() -> Iterator[None]:
     """Around a command: errors and signals as one line, with their notes, and an exit status."""
-    try:
-        with raised(), warnings.catch_warnings():
-            warnings.showwarning = tell  # type: ignore[assignment]
+    with raised(), warnings.catch_warnings():
+        warnings.showwarning = tell  # type: ignore[assignment]
+        try:
             yield
-    except KeyboardInterrupt as error:
-        stop(noted("stopped", error), 128 + getattr(error, "number", signal.SIGINT))
-    except OSError as error:
-        if error.errno is not None and error.filename in (None, OUTPUT) and let_go(sys.stdout):
-            error.filename = OUTPUT  # which click writes without a name
-        if isinstance(error, BrokenPipeError) and error.filename in (OUTPUT, None):
-            sys.exit(PIPE_CLOSED)
-        stop(noted(explain_os_error(error), error), ERROR)
-    except (TypeError, ValueError, ImportError, MemoryError, RuntimeError, Warning) as error:
-        stop(noted(str(error) or type(error).__name__, error), ERROR)
-    except Exception as error:  # a fault of ours
-        print_to(sys.stderr, *"".join(traceback.format_exception(error)).rstrip("\n").split("\n"))
-        sys.exit(ERROR)
+        except KeyboardInterrupt as error:
+            stop(noted("stopped", error), 128 + getattr(error, "number", signal.SIGINT))
+        except OSError as error:
+            if error.errno is not None and error.filename in (None, OUTPUT) and let_go(sys.stdout):
+                error.filename = OUTPUT  # which click writes without a name
+            if isinstance(error, BrokenPipeError) and error.filename in (OUTPUT, None):
+                sys.exit(PIPE_CLOSED)
+            stop(noted(explain_os_error(error), error), ERROR)
+        except (TypeError, ValueError, ImportError, MemoryError, RuntimeError, Warning) as error:
+            stop(noted(str(error) or type(error).__name__, error), ERROR)
+        except Exception as error:  # a fault of ours
+            print_to(sys.stderr, *"".join(traceback.format_exception(error)).rstrip("\n").split("\n"))
+            sys.exit(ERROR)
 
 
 @contextmanager
@@ -105,7 +105,9 @@ def raised() -> Iterator[None]:
 
 
 def interrupt(number: int, frame: object) -> None:
-    raise Interrupt(number)
+    # A second one, as of an impatient user or a scheduler, must not end the cleaning up after the first.
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit):
+        raise Interrupt(number)
 
 
 def explain_os_error(error: OSError) -> str:

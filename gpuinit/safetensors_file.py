@@ -67,9 +67,9 @@ class Model(NamedTuple):
 
 def read_model(path: Path, whole: bool = True, watch: Watch = say_nothing) -> Model:
     """The headers of a safetensors file, or of all files of an index."""
-    index = path.with_name(path.name + ".index.json")
-    if path.suffix == ".safetensors" and not path.exists() and index.exists():
-        path = index
+    if path.suffix == ".safetensors" and not path.exists():
+        index = path.with_name(path.name + ".index.json")
+        path = index if index.exists() else path
     if path.suffix == ".json":
         return read_shards(path, whole, watch)
     total = measure_header(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -444,14 +445,9 @@ def test_an_interrupt_as_a_file_has_been_opened_leaves_nothing(tmp_path, monkeyp
 
 def test_further_interrupts_do_not_stop_the_cleaning_up(tmp_path, monkeypatch):
     """One as the data are made, two as what was made is removed."""
-    started, proceed = threading.Event(), threading.Event()
-    meanwhile(monkeypatch, lambda: (started.set(), proceed.wait(60)))
-    real_wait, real_join, joins = checkpoint.wait, threading.Thread.join, iter(range(3))
-
-    def wait(*given: object) -> object:
-        if started.is_set():
-            raise KeyboardInterrupt
-        return real_wait(*given)
+    proceed = threading.Event()
+    meanwhile(monkeypatch, lambda: (os.kill(os.getpid(), signal.SIGINT), proceed.wait(60)))
+    real_join, joins = threading.Thread.join, iter(range(3))
 
     def join(thread: threading.Thread, *given: object) -> None:
         if thread.name == "gpuinit checkpoint":
@@ -460,7 +456,6 @@ def test_further_interrupts_do_not_stop_the_cleaning_up(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
         real_join(thread, *given)
 
-    monkeypatch.setattr(checkpoint, "wait", wait)
     monkeypatch.setattr(threading.Thread, "join", join)
     with pytest.raises(KeyboardInterrupt) as raised:
         write(tmp_path)
@@ -495,6 +490,27 @@ def test_a_file_that_becomes_a_pipe_as_it_is_opened_is_refused_without_waiting(t
         disk.open_file(path)
 
 
-def test_a_name_with_a_null_character_is_named():
-    with pytest.raises(ValueError, match=r"^a path must have no null character, got 'a\\x00b'$"):
-        disk.open_file(Path("a\0b"))
+@pytest.mark.parametrize(("name", "shown"), [("a\0b", r"'a\\x00b'"), ("a\ud800b", r"'a\\ud800b'")])
+def test_a_name_that_no_path_can_have_is_named(name, shown):
+    wanted = "a path must have no null character and no half of a surrogate pair"
+    with pytest.raises(ValueError, match=f"^{wanted}, got {shown}$"):
+        disk.open_file(Path(name))
+
+
+@pytest.mark.parametrize("size", [ONE, SHARDS])
+def test_an_index_holds_no_name_that_is_not_utf8(tmp_path, size):
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    if size == ONE:
+        assert checkpoint.write(ENTRIES, 0, path, size, "cpu") == [path]
+    else:
+        with pytest.raises(ValueError, match=r"^the output must be named in UTF-8, as an index .* 4 files"):
+            checkpoint.write(ENTRIES, 0, path, size, "cpu")
+        assert listed(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".", "/", ""])
+def test_a_path_without_a_name_is_no_file(name):
+    with pytest.raises(OSError, match="must be a regular file, got a folder"):
+        safetensors_file.read_model(Path(name))
+    with pytest.raises(ValueError, match=r"^the output must be named \*.safetensors, got "):
+        checkpoint.write(ENTRIES, 0, Path(name), ONE, "cpu")

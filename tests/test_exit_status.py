@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,37 @@ def test_a_signal_to_the_process_ends_it_so(model, number):
         process.send_signal(number)
         _, err = process.communicate()
     assert (process.returncode, err) == (128 + number, "gpuinit: stopped.\n")
+
+
+def test_further_signals_do_not_end_the_cleaning_up(model, capsys, monkeypatch):
+    """Two while it is waited for, and one while the message is made: none comes between."""
+    proceed = threading.Event()
+    real, alive, noted = checkpoint.windows, threading.Thread.is_alive, messages.noted
+
+    def windows(*given: object, **named: object) -> Iterator[object]:
+        if not proceed.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            proceed.wait(60)
+        return real(*given, **named)
+
+    def is_alive(thread: threading.Thread) -> bool:
+        if thread.name == "gpuinit checkpoint" and not proceed.is_set():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            proceed.set()
+        return alive(thread)
+
+    def note(*given: object) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return noted(*given)
+
+    monkeypatch.setattr(checkpoint, "windows", windows)
+    monkeypatch.setattr(threading.Thread, "is_alive", is_alive)
+    monkeypatch.setattr(messages, "noted", note)
+    ended = run(capsys, "checkpoint", "a.json", "-o", "n.safetensors", "--device", "cpu")
+    assert proceed.is_set()
+    assert (ended.status, ended.err) == (143, "gpuinit: stopped. Nothing was left behind.\n")
+    assert sorted(file.name for file in model.iterdir()) == ["a.json", "m.safetensors"]
 
 
 ESCAPES = "\x1b[2J\x07\u202e"
