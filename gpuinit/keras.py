@@ -560,8 +560,9 @@ def initialize(
 
     Where weights share a path, as do those of two models of one architecture inside the model, the name of
     each is its path after the names of the layers that hold its own: "left//conv/kernel". What Keras has
-    made up among these, "functional_7", counts as "functional[0]", by its place among such in the graph, and
-    as "functional" in a layer that has no graph. A rule may have either, the path or the name.
+    made up among these, "functional_7", counts as "functional(0)", by its place among such in the graph, and
+    as "functional" in a layer that has no graph. A glob may have either, the path or the name; a function
+    is asked about the name.
 
     The default rules are `DEFAULT_RULES`:
 
@@ -668,7 +669,7 @@ def named_layers(outer: Any) -> list[tuple[str, Any]]:
     named, count = [], Counter[str]()
     for layer in graph:
         kind = kind_of(layer)
-        named.append((f"{kind}[{count[kind]}]" if kind else layer.name, layer))
+        named.append((f"{kind}({count[kind]})" if kind else layer.name, layer))
         count[kind] += 1
     in_graph = {id(layer) for layer in graph}
     return named + [

@@ -92,11 +92,14 @@ def parse_rules(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def find_rule(rules: list[Rule], owner: Any, *names: str) -> Any:
-    """The initialiser of the first rule that fits one of the names, or None."""
+    """The initialiser of the first rule that fits, or None: a glob any of the names, a function the last."""
     for pattern, initializer in rules:
-        for name in names:
-            if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(owner, name):
-                return initializer
+        if isinstance(pattern, str):
+            fits = any(fnmatchcase(name, pattern) for name in names)
+        else:
+            fits = pattern(owner, names[-1])
+        if fits:
+            return initializer
     return None
 
 

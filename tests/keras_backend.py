@@ -637,7 +637,11 @@ def shared_paths():
         assert kernels(held).items() < named.items()
 
     unnamed = kernels(beside(tower(), tower()))  # whatever numbers Keras gives them
-    assert [*unnamed] == ["functional[0]//proj/kernel", "functional[1]//proj/kernel", "head/kernel"]
+    assert [*unnamed] == ["functional(0)//proj/kernel", "functional(1)//proj/kernel", "head/kernel"]
+    for pattern in ("functional(1)//proj/kernel", lambda _, name: name.startswith("functional(1)//proj/k")):
+        rules = [(pattern, "ones"), *gpuinit.keras.DEFAULT_RULES]
+        report = gpuinit.keras.initialize(beside(tower(), tower()), 5, rules)
+        assert [row.rule for row in report if row.shape[1:]] == ["HeNormal", "Ones", "HeNormal"]
     second, _, first = tower(), keras.layers.Dense(3), tower()
     model = beside(first, second)
     assert kernels(model) == unnamed

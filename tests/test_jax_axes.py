@@ -357,8 +357,10 @@ def test_axes_that_cannot_be_told_are_an_error_with_rules_that_work(kind, monkey
     for row in report:
         if row.name.endswith("kernel") and len(row.shape) > 2:
             shapes = {row.name: row.std for row in report}
-            fan_in = row.shape[-2] if row.name in str(raised.value) else None
-            assert fan_in is None or shapes[row.name] == pytest.approx(math.sqrt(2 / fan_in)), row
+            square = len(row.shape) > 3 and len(set(row.shape[:-2])) == 1  # read as a convolution's
+            fan_in = row.shape[-2] * (math.prod(row.shape[:-2]) if square else 1)
+            if row.name in str(raised.value):
+                assert shapes[row.name] == pytest.approx(math.sqrt(2 / fan_in)), row
     if "two axes" in kind:
         assert report[-1].std == pytest.approx(math.sqrt(2 / 16))
 
@@ -414,3 +416,34 @@ def test_what_is_told_keeps_its_bits():
         assert same(made[module]["kernel"], core(shape, seed=7, name=f"{module}/kernel"))
     layer = shapes_of(linen.Conv(8, (3, 3)), jnp.ones((1, 9, 9, 4)))
     assert same(gpuinit.jax.initialize(layer, 7)["kernel"], core((3, 3, 4, 8), seed=7, name="kernel"))
+
+
+@pytest.mark.parametrize("name", ["StdConv_0", "ConvBlock_3", "DepthwiseConv_0", "Conv2D_1", "conv_init"])
+def test_convolutions_of_other_names_are_known_beside_what_is_not_stacked(name):
+    tree = {name: {"kernel": f32(3, 3, 8, 64)}, "Dense_0": {"kernel": f32(8, 64)}}
+    report = gpuinit.jax.initialize(tree, return_report=True)[1]
+    assert {row.name: row.std for row in report}[f"{name}/kernel"] == pytest.approx(math.sqrt(2 / 72))
+
+
+def test_a_stack_made_beside_what_is_not_stacked_is_no_convolution():
+    """As by nn.scan over a function: its parameters lie in the scope of the caller."""
+    tree = {"Conv_0": {"kernel": f32(6, 3, 32, 32)}, "Dense_0": {"kernel": f32(32, 10), "bias": f32(10)}}
+    with pytest.raises(ValueError, match="Conv_0"):
+        gpuinit.jax.initialize(tree)
+
+
+def test_the_rules_to_paste_go_before_the_caller_s():
+    tree = {"layers": [{"weight": f32(8, 4), "bias": f32(8)}, {"weight": f32(8, 8), "bias": f32(8)}]}
+    rules = [("*/weight", gpuinit.he_normal), ("*bias", 0)]
+    with pytest.raises(ValueError, match=r", \*rules\]") as raised:
+        gpuinit.jax.initialize(tree, 0, rules)
+    pasted = re.search(r"(\[\(.*\*rules\])", str(raised.value))[1]
+    pasted = eval(pasted, {"gpuinit": gpuinit, "partial": partial, "rules": rules})
+    report = gpuinit.jax.initialize(tree, 0, pasted, return_report=True)[1]
+    assert {row.name: row.std for row in report}["layers/0/weight"] == pytest.approx(math.sqrt(2 / 4))
+
+
+def test_cells_of_equinox_are_no_in_and_out():
+    tree = {"weight_ih": f32(24, 4), "weight_hh": f32(24, 8), "bias": f32(24)}
+    with pytest.raises(ValueError, match="weight_ih"):
+        gpuinit.jax.initialize(tree, 0, [("weight*", gpuinit.he_normal), ("bias", 0)])

@@ -28,7 +28,8 @@ FAN_RULES = (
     gpuinit.variance_scaling,
 )
 
-BIASES = {"kernel": "bias", "w": "b", "weight": "bias"}  # what lies beside a kernel of this name
+# What lies beside a kernel of this name; the last two are Equinox's, in cells.
+BIASES = {"kernel": "bias", "w": "b", "weight": "bias", "weight_ih": "bias", "weight_hh": "bias"}
 
 
 class Axes(NamedTuple):
@@ -215,13 +216,14 @@ def axes_of_attention(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
 CONVOLUTIONS = {"conv", "convs", "convolution", "convolutions"}
 
 # Words in the names of those whose kernels may be (*kernel, out, in), or differ from place to place.
-OTHER_CONVOLUTIONS = {"transpose", "transposed", "t", "up", "upsample", "local"}
+OTHER_CONVOLUTIONS = {"transpose", "transposed", "t", "up", "upsample", "local", "scan", "vmap"}
 
 
 def is_convolution(name: str, around: Neighbours, bias: tuple[int, ...] | None) -> bool:
     """Whether a module is called a convolution, "Conv_0", "conv_init" or "conv2_d", and none that is stacked.
 
-    A kernel of three axes is not: a convolution goes along one axis at least.
+    A kernel of three axes is not: a convolution goes along one axis at least. One of more could be a stack of
+    others, even beside what is not stacked; without a bias the field has to be square, or along one axis.
     """
     scope, _, module = name.rpartition("/")[0].rpartition("/")
     words = words_of(name)
@@ -231,12 +233,14 @@ def is_convolution(name: str, around: Neighbours, bias: tuple[int, ...] | None) 
     rank = re.search(r"conv([123])_?d(?![a-z])", module.lower())
     if rank is not None:
         return ndim == int(rank[1]) + 2
-    return ndim == 3 or bias is not None or scope in around.unstacked
+    square = len(set(around.shapes[name][:-2]) - {1}) <= 1
+    return ndim == 3 or bias is not None or (scope in around.unstacked and square)
 
 
 def words_of(name: str) -> set[str]:
-    """The words in the name of a leaf's module: "conv" and "d" for "block/conv2_d_1/w"."""
-    return set(re.findall("[a-z]+", name.rpartition("/")[0].rpartition("/")[2].lower()))
+    """The words in the name of a leaf's module: "std" and "conv" for "block/StdConv_0/kernel"."""
+    module = name.rpartition("/")[0].rpartition("/")[2]
+    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", module)}
 
 
 def is_recurrent(name: str, shapes: Mapping[str, Shape]) -> bool:
@@ -264,16 +268,17 @@ OTHERS = (
     "in_axis=-2, out_axis=-1 for a convolution's (*kernel, in, out)",
     "in_axis=0, out_axis=(1, 2) for (features, heads, head_dim)",
     "in_axis=(0, 1), out_axis=2 for (heads, head_dim, features)",
+    "in_axis=1, out_axis=0 for Equinox's (out, in, *kernel)",
 )
 
 
-def refuse_axes(unknown: Sequence[tuple[str, Shape, Any]], names: Sequence[str]) -> None:
-    """Raise where there are any, with rules for them that can be pasted and fit no other name."""
+def refuse_axes(unknown: Sequence[tuple[str, Shape, Any]], names: Sequence[str], others: str) -> None:
+    """Raise where there are any, with rules for them that can be pasted before others, and fit no other."""
     if not unknown:
         return
     groups: dict[tuple[str, str], list[Uncovered]] = {}
     for name, shape, initializer in unknown:
-        rule = text_of(initializer, len(shape))
+        rule = text_of(initializer, shape)
         kind = re.sub(r"\d+", "", "/".join(name.split("/")[-2:]))
         groups.setdefault((kind, rule), []).append(Uncovered(name, shape, initializer=rule))
     shown = sorted(groups.values(), key=len, reverse=True)[:GROUPS_SHOWN]
@@ -282,16 +287,20 @@ def refuse_axes(unknown: Sequence[tuple[str, Shape, Any]], names: Sequence[str])
     left = len(unknown) - len(shown)
     raise ValueError(
         "rules must name the axes of the fans where no nnx module, name or bias tells them: "
-        f"[{', '.join(rules)}, *gpuinit.jax.DEFAULT_RULES] for stacks of (in, out), or in place of "
-        f"batch_axis {', '.join(OTHERS)}, got none for {listing}{f' and {left} more' if left else ''}"
+        f"[{', '.join(rules)}, *{others}] for stacks of (in, out), batch_axis, or convolutions, or in their "
+        f"place {', '.join(OTHERS)}, got none for {listing}{f' and {left} more' if left else ''}"
     )
 
 
-def text_of(initializer: Any, ndim: int) -> str:
-    """A rule with the axes of a stack of (in, out), or of (out, in)."""
+def text_of(initializer: Any, shape: Shape) -> str:
+    """A rule with the axes of a stack of (in, out), of a convolution of a square field, or of (out, in)."""
+    ndim = len(shape)
     function, words = unwrap(initializer)
     given = [f"{word}={value!r}" for word, value in words.items()]
-    axes = (
-        "in_axis=1, out_axis=0" if ndim == 2 else f"batch_axis={0 if ndim == 3 else tuple(range(ndim - 2))}"
-    )
+    if ndim == 2:
+        axes = "in_axis=1, out_axis=0"
+    elif ndim > 3 and len(set(shape[:-2])) == 1:
+        axes = "in_axis=-2, out_axis=-1"
+    else:
+        axes = f"batch_axis={0 if ndim == 3 else tuple(range(ndim - 2))}"
     return f"partial({', '.join([f'gpuinit.{function.__name__}', *given, axes])})"

@@ -124,7 +124,8 @@ def initialize(
         scale, var                1
         embedding, embeddings     truncated normal, standard deviation 0.02
 
-    A kernel of two axes is (in, out). What more axes mean, and so the fans, the first of these tells:
+    A kernel of two axes is (in, out), but for that of an Einsum whose module is in `tree`. What more axes
+    mean, and so the fans, the first of these tells:
 
         its module                Conv, ConvTranspose, Linear, LinearGeneral, Einsum of Flax NNX, where `tree`
                                   holds the modules and not their state alone
@@ -158,7 +159,9 @@ def initialize(
             All leaves are checked before one is made.
     """
     key = parse_seed(as_integer(seed, "seed must be an integer in [0, 2**64)", seed))
-    leaves, structure = plan(tree, parse_jax_rules(DEFAULT_RULES if rules is None else rules), strict)
+    others = "gpuinit.jax.DEFAULT_RULES" if rules is None else "rules"
+    chosen = parse_jax_rules(DEFAULT_RULES if rules is None else rules)
+    leaves, structure = plan(tree, chosen, strict, others)
     rows = [row_of(leaf) for leaf in leaves if hasattr(leaf.value, "shape") and hasattr(leaf.value, "dtype")]
     made = [leaf.value if leaf.initializer is None else make_leaf(leaf, key) for leaf in leaves]
     filled = jax.tree_util.tree_unflatten(structure, made)
@@ -173,8 +176,11 @@ def parse_jax_rules(rules: Sequence[Rule]) -> list[Rule]:
     return pairs
 
 
-def plan(tree: Any, rules: list[Rule], strict: bool) -> tuple[list[Leaf], Any]:
-    """The leaves in order, each with the initialiser that it gets, and the structure. Nothing is made."""
+def plan(tree: Any, rules: list[Rule], strict: bool, others: str) -> tuple[list[Leaf], Any]:
+    """The leaves in order, each with the initialiser that it gets, and the structure. Nothing is made.
+
+    `others` is what the caller calls the rules, for a message.
+    """
     refuse_modules(tree)
     paths, structure = tree_flatten_with_path(tree)
     states = [path for path, node in tree_flatten_with_path(tree, is_leaf=is_state)[0] if is_state(node)]
@@ -211,7 +217,7 @@ def plan(tree: Any, rules: list[Rule], strict: bool) -> tuple[list[Leaf], Any]:
                 unknown.append((leaf.name, shapes[leaf.name], initializer))
             leaf = leaf._replace(initializer=found, dtype=dtype, std=std)
         planned.append(leaf)
-    refuse_axes(unknown, [leaf.name for leaf in leaves])
+    refuse_axes(unknown, [leaf.name for leaf in leaves], others)
     return planned, structure
 
 
