@@ -659,7 +659,7 @@ def shared_paths():
     ends = keras.Input((4, 6))
     x = keras.layers.Concatenate()([distributed(ends), keras.layers.TimeDistributed(wrap)(ends)])
     wrapped = kernels(keras.Model(ends, x))
-    assert [*wrapped] == ["wrap/left//proj/kernel", "time_distributed[0]/left//proj/kernel"]
+    assert [*wrapped] == ["wrap/left//proj/kernel", "time_distributed(0)/left//proj/kernel"]
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="d")], name="s")
     nested = keras.Sequential([keras.Input((6,)), inner, keras.layers.Dense(6, name="d")], name="s")
     assert [*kernels(nested)] == ["s//s/d/kernel", "s/d/kernel"]
