@@ -58,7 +58,10 @@ def is_scalar(array: Any, kinds: str) -> bool:
 
     By the name of its dtype, which every library has: float32, torch.float32, bfloat16, int8.
     """
-    if getattr(array, "shape", None) != ():
+    try:
+        if getattr(array, "shape", None) != ():
+            return False
+    except RuntimeError:  # a nested tensor of torch, which has none
         return False
     dtype = getattr(array, "dtype", None)
     name = getattr(dtype, "name", str(dtype)).rpartition(".")[2]

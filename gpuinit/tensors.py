@@ -60,7 +60,7 @@ def refuse_traced(value: Any, argument: str = "tensor") -> None:
         get_proxy_mode() is not None
         or torch.jit.is_tracing()
         or _symbolic_trace._is_fx_tracing_flag
-        or functorch.peek_interpreter_stack() is not None
+        or misses_plain(value)
         or (is_tensor(value) and functorch.is_functorch_wrapped_tensor(value))
         # The tensors of XLA are functional ones always.
         or (is_tensor(value) and torch._is_functional_tensor(value) and is_addressed(value))
@@ -71,6 +71,22 @@ def refuse_traced(value: Any, argument: str = "tensor") -> None:
         )
 
 
+def misses_plain(value: Any) -> bool:
+    """Whether a transform of torch.func may miss what is written to a tensor that it has not wrapped.
+
+    vmap alone does not: such a tensor is what all of the batch share.
+    """
+    import torch
+
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    only_vmap = all(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack()
+    )
+    return not (only_vmap and is_tensor(value))
+
+
 def is_fake(tensor: Any) -> bool:
     """Whether it has no memory by design."""
     from torch._subclasses import FakeTensor
@@ -79,7 +95,7 @@ def is_fake(tensor: Any) -> bool:
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether its values are what its class makes of operations, whatever its own memory holds.
+    """Whether its values are what its class makes of operations, and not what memory of its own holds.
 
     On the devices that are filled by operations a class may be the device.
     """
@@ -88,8 +104,15 @@ def is_wrapper(tensor: Any) -> bool:
     if is_fake(tensor):
         return False
     kind = type(tensor)
-    has_operations = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return hasattr(kind, "__tensor_flatten__") or (has_operations and is_addressed(tensor))
+    if hasattr(kind, "__tensor_flatten__"):
+        return True
+    if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or not is_addressed(tensor):
+        return False
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # it has no memory, or a storage in name only
+        return True
+    return False
 
 
 def is_addressed(tensor: Any) -> bool:
@@ -116,7 +139,7 @@ def refuse_missing_memory(tensor: Any, argument: str = "tensor") -> None:
     """
     import torch
 
-    if tensor.numel() == 0 or is_fake(tensor) or not torch._C._has_storage(tensor):
+    if tensor.numel() == 0 or is_fake(tensor) or is_wrapper(tensor) or not torch._C._has_storage(tensor):
         return  # a device without storages has operations of its own
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise RuntimeError(

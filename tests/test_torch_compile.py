@@ -214,6 +214,33 @@ def test_what_would_miss_the_fill_in_silence_is_an_error(trace, door):
         TRACED[trace](DOORS[door])
 
 
+@pytest.mark.parametrize("fill", CASES[:17] + CASES[-10:])  # with seeds
+def test_a_tensor_that_all_of_a_batch_share_is_filled(fill):
+    def run(x):
+        weight = torch.empty(2, 3)
+        fill(weight)
+        return x * weight
+
+    torch.manual_seed(0)
+    expected = torch.stack([run(torch.ones(2, 3))] * 2)
+    assert torch.equal(torch.vmap(run)(torch.ones(2, 2, 3)), expected)
+    assert torch.equal(torch.vmap(torch.vmap(run))(torch.ones(1, 2, 2, 3))[0], expected)
+
+
+@pytest.mark.parametrize("trace", ["grad", "jvp", "functionalize"])
+def test_one_that_other_transforms_see_is_not(trace):
+    held = torch.zeros(3, 4)
+    transforms = {
+        "grad": lambda run: torch.func.grad(lambda x: run(x).sum())(zeros()),
+        "jvp": lambda run: torch.func.jvp(run, (zeros(),), (zeros(),)),
+        "functionalize": lambda run: torch.func.functionalize(run)(zeros()),
+    }
+    with pytest.raises(RuntimeError, match="must be filled outside of"):
+        transforms[trace](lambda x: x * CASES[0](held))
+    with pytest.raises(RuntimeError, match="must be filled outside of"):
+        transforms[trace](torch.vmap(lambda x: x * CASES[0](held)))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_afterwards_all_is_as_before():
     for door in DOORS.values():

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 
 from torch import nn  # noqa: E402
-from torch.nn.utils import parametrizations  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
 from torch.nn.utils.parametrize import register_parametrization  # noqa: E402
 from torch_devices import tobytes  # noqa: E402
 
@@ -556,3 +556,22 @@ def test_a_subclass_of_a_linear_layer_is_one():
     layer, _ = initialized(Router(6, 3))
     assert tobytes(layer.weight) == expected(gt.he_normal_, (3, 6), "weight")
     assert layer.weight.abs().max() <= 2 * math.sqrt(2 / 6) / TRUNCATED_STD
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRUCell(3, 4), lambda: nn.LSTM(3, 4)])
+def test_pruned_recurrent_weights(make):
+    layer = make()
+    name = next(name for name, _ in layer.named_parameters() if name.startswith("weight_hh"))
+    shape = tuple(getattr(layer, name).shape)
+    prune.identity(layer, name)
+    initialized(layer)
+    fill = partial(gt.uniform_, limit=0.5)
+    assert tobytes(getattr(layer, f"{name}_orig")) == expected(fill, shape, f"{name}_orig")
+
+
+def test_norms_in_what_is_called_like_an_adapter():
+    layer = nn.ModuleDict({"lora_mlp": nn.Sequential(nn.LayerNorm(3), nn.BatchNorm1d(3))})
+    for parameter in layer.parameters():
+        parameter.data.fill_(7)
+    initialized(layer)
+    assert [parameter.unique().tolist() for parameter in layer.parameters()] == [[1], [0]] * 2

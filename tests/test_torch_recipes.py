@@ -386,6 +386,25 @@ def test_the_padding_row_is_zero_whoever_else_is_reset(order, kind):
     assert [row for row in range(6) if not model["table"].weight[row].any()] == [2]
 
 
+@pytest.mark.parametrize("shape", [(4,), ()])
+def test_what_else_embeddings_share_has_no_padding_row(shape):
+    class Scaled(nn.Embedding):
+        def __init__(self, scale):
+            super().__init__(9, 4, padding_idx=1)
+            self.scale = scale
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            if hasattr(self, "scale"):
+                nn.init.ones_(self.scale)
+
+    scale = nn.Parameter(torch.zeros(shape))
+    model = nn.Sequential(Scaled(scale), Scaled(scale))
+    gt.initialize_(model, recipe="own")
+    assert (scale == 1).all()
+    assert not model[0].weight[1].any()
+
+
 def test_a_recipe_of_the_model_s_own_has_the_last_word_on_a_padding_row():
     class Model(nn.Module):
         def __init__(self):

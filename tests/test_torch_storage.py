@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
+from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from torch_devices import tobytes  # noqa: E402
 
 import gpuinit.torch as gt  # noqa: E402
@@ -97,9 +98,10 @@ def test_a_model_with_memory_missing_keeps_what_it_has(name):
 )
 def test_a_recipe_on_memory_that_is_missing_is_an_error(draw):
     layer = nn.Linear(3, 4)
-    resized(layer.weight, 0)
-    with gt.streams(layer), pytest.raises(ValueError, match=r"^tensor must have memory .*, got 0 of 48"):
-        draw(layer.weight)
+    with gt.streams(layer):
+        resized(layer.weight, 0)  # after the door, which would refuse it
+        with pytest.raises(ValueError, match=r"^tensor must have memory .*, got 0 of 48"):
+            draw(layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,6 +181,68 @@ def test_a_model_of_placeholders_is_refused_before_anything_is_written(kind, att
         ):
             gt.initialize_(model)
         assert tobytes(model[0].weight) == before
+
+
+def freed(layer):
+    for parameter in layer.parameters():
+        resized(parameter, 0)
+    return layer
+
+
+def placeholders(layer, attributes=False):
+    for parameter in layer.parameters():
+        if attributes:
+            parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    return layer
+
+
+def own_recipe(model):
+    gt.initialize_(model, recipe="own")
+
+
+def function_of_the_model(model):
+    gt.initialize_(model, recipe=lambda model: None)
+
+
+def block(model):
+    with gt.streams(model):
+        pass
+
+
+@pytest.mark.parametrize("door", [own_recipe, function_of_the_model, block])
+@pytest.mark.parametrize("spoil", [freed, placeholders, partial(placeholders, attributes=True)])
+@pytest.mark.parametrize("kind", ["Linear", "LayerNorm", "Embedding", "weight norm"])
+def test_a_recipe_is_not_run_on_parameters_without_memory(kind, spoil, door):
+    """torch's own functions would write to address 0, or fill a placeholder that is thrown away."""
+    with pytest.raises(ValueError, match=r"(?s)memory for its elements|whole parameter.*This is parameter"):
+        door(spoil(LAYERS[kind]()))
+
+
+def test_a_frozen_parameter_without_memory_is_left_alone_by_a_recipe():
+    model = nn.Sequential(nn.Linear(3, 4), freed(nn.Linear(3, 4)).requires_grad_(False))
+    report = gt.initialize_(model, recipe=lambda model: model[0].reset_parameters())
+    assert [row.written for row in report] == ["whole", "whole", "frozen", "frozen"]
+
+
+def test_a_marker_of_none_in_a_layer_of_torch_s_is_no_placeholder():
+    class Marked(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 4)
+            self.dummy = nn.Parameter(torch.empty(0))
+
+    rules = [("dummy", nn.init.zeros_), *gt.DEFAULT_RULES]
+    assert all(row.written == "whole" for row in gt.initialize_(Marked(), rules=rules))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_layer_without_its_sizes_is_no_placeholder():
+    class Bare(nn.Linear):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.weight, self.bias = nn.Parameter(torch.empty(0)), None
+
+    assert gt.initialize_(Bare(), rules=[("*", nn.init.zeros_)])[0].written == "whole"
 
 
 def test_gathered_parameters_are_filled():
@@ -307,11 +371,26 @@ def functional_by_class():
 
 
 class Doubled(torch.Tensor):
-    """Its values are twice what it holds."""
+    """Its values are twice what another tensor holds; it has no memory."""
+
+    @staticmethod
+    def __new__(cls, half):
+        made = torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+        made.half = half
+        return made
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return NotImplemented
+
+
+class Logged(torch.Tensor):
+    """Its operations are told, its values are what its own memory holds."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
 
 
 def masked():
@@ -326,7 +405,7 @@ def fake():
 ELSEWHERE = {
     "functional": (functional, RuntimeError),
     "functional by its class": (functional_by_class, TypeError),
-    "a class with operations of its own": (lambda: torch.zeros(3, 4).as_subclass(Doubled), TypeError),
+    "a class with operations of its own": (lambda: Doubled(torch.zeros(3, 4)), TypeError),
     "masked": (masked, TypeError),
     "sparse": (lambda: torch.zeros(3, 4).to_sparse(), TypeError),
     "csr": (lambda: torch.zeros(3, 4).to_sparse_csr(), TypeError),
@@ -362,6 +441,22 @@ def test_values_that_are_elsewhere_are_refused(kind, door):
     make, error = ELSEWHERE[kind]
     with pytest.raises(error, match=r"^(tensor|out) must .*, got "):
         partial(TWO[door])(make()) if door == 0 else gpuinit.he_normal((3, 4), seed=0, out=make())
+
+
+@pytest.mark.parametrize("fill", TWO)
+def test_memory_that_a_class_has_of_its_own_is_filled(fill):
+    memory = torch.zeros(3, 4)
+    for shape in ((3, 4), (0, 4)):
+        fill(torch.zeros(shape).as_subclass(Logged))
+    fill(memory.as_subclass(Logged))
+    assert tobytes(memory) == tobytes(fill(torch.empty(3, 4)))
+
+
+def test_a_caller_s_own_rule_fills_a_parameter_of_any_class():
+    model = nn.Module()
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+    gt.initialize_(model, rules=[("*", nn.init.ones_)])
+    assert model.weight.a.tolist() == model.weight.b.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", NOT_AS_OUT)
@@ -443,3 +538,12 @@ def test_elements_between_each_other_are_filled(fill):
     untouched = np.ones(9, bool)
     untouched[[1, 3, 5, 4, 6, 8]] = False
     assert (memory.numpy()[untouched] == 9).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:.*prototype:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("word", ["seed", "stddev", "shape", "index", "dtype"])
+def test_a_nested_tensor_is_no_number(word, layout):
+    nested = torch.nested.nested_tensor([torch.ones(4)] * 3, layout=layout)
+    with pytest.raises(TypeError, match=rf"^{word} must .*, got "):
+        gpuinit.normal(**{"shape": (3,), "seed": 0, "device": "cpu", word: nested})

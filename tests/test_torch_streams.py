@@ -49,6 +49,49 @@ def row(report, name="w"):
     return found
 
 
+# The block
+
+
+def test_a_function_is_decorated():
+    made = model(w=SHAPE)
+    block = gt.streams(made, 0)
+
+    @block
+    def recipe(depth=0):
+        with torch.no_grad():
+            made.w.normal_()
+        if depth:
+            recipe()
+
+    for _ in range(2):
+        made.w.data.zero_()
+        recipe()
+        assert tobytes(made.w) == tobytes(normal(SHAPE, "w"))
+    with pytest.raises(ValueError, match="a block in a block"):
+        recipe(1)
+    recipe()
+
+
+def test_a_block_within_itself_leaves_the_outer_one_as_it_is():
+    made = model(w=SHAPE)
+    block = gt.streams(made, 0)
+    with block as report:
+        with pytest.raises(ValueError, match="a block in a block"):
+            block.__enter__()
+        with torch.no_grad():
+            made.w.normal_()
+    assert row(report).written == "whole"
+
+
+def test_a_block_that_was_not_entered_is_not_left():
+    block = gt.streams(model(w=SHAPE))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^streams must be entered before .*, got __exit__ alone$"):
+            block.__exit__(None, None, None)
+        with block:
+            pass
+
+
 # On a parameter
 
 

@@ -34,8 +34,8 @@ Rule = tuple[str | Predicate, Initializer]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (RNNBase, RNNCellBase)
-# Of a layer in one direction or the other, or of a cell; hr is the projection of an LSTM.
-RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?")
+# Of a layer in one direction or the other, or of a cell; hr is an LSTM's projection, orig what pruning masks.
+RECURRENT_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?(_orig)?")
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 NORMS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -178,8 +178,9 @@ def torch_norm(own_name: str) -> Predicate:
 
     A class derived from one that has its own `forward` may scale by 1 + weight, as Gemma's does: it is none.
     """
-    fits = parameter_of(NORMS, own_name)
-    return lambda module, name: fits(module, name) and author(module)[1]
+    return lambda module, name: (
+        isinstance(module, NORMS) and name.rpartition(".")[2] == own_name and author(module)[1]
+    )
 
 
 def other_norm(module: nn.Module, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from operator import mul
@@ -107,7 +108,11 @@ SIZES = {
 }
 
 
-def check_owned(parameter: Any, owner: nn.Module) -> None:
+# What torch calls them, plain, pruned or normalised by a hook: a class derived from its own may add others.
+NAMES = re.compile(r"((in|q|k|v)_proj_)?(weight|bias)(_(ih|hh|hr)(_l\d+(_reverse)?)?|_k|_v)?(_g|_v|_orig)?")
+
+
+def check_owned(parameter: Any, owner: nn.Module, name: str) -> None:
     """Raise where a parameter of a model has no memory for what it should hold, whatever would fill it.
 
     Under ZeRO-3 it is of shape (0,), whether or not it still has DeepSpeed's attributes: then its module
@@ -115,13 +120,15 @@ def check_owned(parameter: Any, owner: nn.Module) -> None:
     """
     refuse_traced(parameter)
     refuse_placeholder(parameter)
-    if tuple(parameter.shape) == (0,):
+    own = name.rpartition("parametrizations.")[2].partition(".")[0]
+    own = own if ".parametrizations." in f".{name}" else name.rpartition(".")[2]
+    if tuple(parameter.shape) == (0,) and NAMES.fullmatch(own):
         sizes = [
             size
             for kind, words in SIZES.items()
             if isinstance(owner, kind)
             for word in words
-            for size in np.ravel(getattr(owner, word))
+            for size in np.ravel(getattr(owner, word, 0))
         ]
         if sizes and all(sizes):
             raise ValueError(f"module must hold whole parameters; {GATHER}, got shape (0,)")

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from gpuinit.rules import (
     WANTED,
@@ -33,12 +32,19 @@ from gpuinit.torch.default_rules import (
     Rule,
     reset_buffers,
 )
-from gpuinit.torch.fill import check, check_owned, checking, draw_seed, recorded_stds, within
+from gpuinit.torch.fill import check_owned, checking, draw_seed, recorded_stds, within
 from gpuinit.torch.names import named_parameters, walk
 from gpuinit.torch.padding import padded_tables, zero_row
 from gpuinit.torch.recipes import run_recipe
 from gpuinit.torch.shards import memory, parts
-from gpuinit.torch.streams import check_model, notes_on_meta, recipe_in_streams, streams
+from gpuinit.torch.streams import (
+    check_model,
+    check_whole,
+    note,
+    notes_on_meta,
+    owned_parameters,
+    recipe_in_streams,
+)
 
 CONSTANTS = (nn.init.zeros_, nn.init.ones_, nn.init.constant_, default_rules.prelu_, default_rules.magnitude_)
 
@@ -164,6 +170,7 @@ def initialize_(
     key = None if seed is None else parse_seed(seed)
     if recipe is None:
         return by_rules(module, find_rules(module, found, chosen), key, strict)
+    check_whole(found)
     key = draw_seed() if key is None else key
     with recipe_in_streams(module, key, frozen_names(module)) as report:
         notes = run_recipe(module, recipe)
@@ -194,24 +201,6 @@ class Job(NamedTuple):
     parameter: torch.Tensor
     owner: nn.Module
     initializer: Initializer | None
-
-
-def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
-    """Name, parameter and owner. What is parametrised belongs to its layer, not to the list that keeps it."""
-    layers = {
-        kept: part
-        for _, part in walk(module)
-        if is_parametrized(part)
-        for kept in part.parametrizations.values()
-    } | adapters.magnitude_owners(module)
-    found = [
-        (name, parameter, layers.get(owner, owner)) for name, parameter, owner in named_parameters(module)
-    ]
-    for name, parameter, owner in found:
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            with noting(note(name, owner)):
-                check(parameter)
-    return found
 
 
 def find_rules(
@@ -263,7 +252,7 @@ def by_rules(
             parts(table)
         key = draw_seed() if key is None else key
         if within.get() is None and any(draws_by_torch(job.initializer) for job in jobs):
-            stack.enter_context(streams(module, key))
+            stack.enter_context(recipe_in_streams(module, key, set()))
         for name, parameter, owner, initializer in jobs:
             rule, std, written = "-", None, "not written"
             if initializer is not None:
@@ -307,17 +296,13 @@ def parse_torch_rules(rules: Any) -> list[Rule]:
     return pairs
 
 
-def note(name: str, owner: nn.Module) -> str:
-    return f"This is parameter {name}, of a {type(owner).__name__}."
-
-
 def check_rule(
     initializer: Initializer, parameter: torch.Tensor, key: int, name: str, owner: nn.Module
 ) -> None:
     """Raise what filling would, as far as that can be known without writing."""
     function, words = unwrap(initializer)
     with noting(note(name, owner)):
-        check_owned(parameter, owner)
+        check_owned(parameter, owner, name)
         if parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 "module must be filled in inference mode, where it was built, got it outside of that"

@@ -91,9 +91,9 @@ def tied_tables(module: nn.Module) -> dict[torch.Tensor, list[Any]]:
     found: dict[torch.Tensor, list[Any]] = {}
     for _, part in walk(module):
         if isinstance(part, EMBEDDINGS) and part.padding_idx is not None:
-            for table in part.parameters(recurse=False):
-                if owners[table] > 1:
-                    found.setdefault(table, []).append(part)
+            table = part._parameters.get("weight")
+            if table is not None and owners[table] > 1:
+                found.setdefault(table, []).append(part)
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from functools import cache
 from operator import mul
 from threading import Lock
@@ -23,15 +23,26 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from gpuinit.distributions import Draw, Uniform, find_sampling, parse_normal, parse_number, parse_uniform
-from gpuinit.rules import Report, Row
+from gpuinit.rules import Report, Row, noting
 from gpuinit.stream import parse_name, parse_seed, row_major
 from gpuinit.tensors import is_fake, outside_graphs, overlaps, refuse_missing_memory, refuse_traced
-from gpuinit.torch.fill import SCRATCH, TORCH_DTYPES, check_fillable, draw_seed, fill_part, within
+from gpuinit.torch.adapters import magnitude_owners
+from gpuinit.torch.fill import (
+    SCRATCH,
+    TORCH_DTYPES,
+    check,
+    check_fillable,
+    check_owned,
+    draw_seed,
+    fill_part,
+    within,
+)
 from gpuinit.torch.init import parse_truncated
 from gpuinit.torch.names import is_gathered, named_parameters, walk
 from gpuinit.torch.shards import is_dtensor, local_slices, memory, parts
@@ -160,28 +171,41 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Block:
     return Block(module, seed)
 
 
-class Block:
-    """What `streams` gives."""
+class Block(ContextDecorator):
+    """What `streams` gives: for one block, or for every call of a function that it decorates."""
 
     def __init__(self, module: nn.Module, seed: SupportsIndex | None) -> None:
         self.module, self.seed = module, seed
+        self.recipe: Any = None
+
+    def _recreate_cm(self) -> Block:
+        """What the decorator enters: calls may be in several threads."""
+        return Block(self.module, self.seed)
 
     @outside_graphs
     def __enter__(self) -> Report:
         check_model(self.module, self.seed)
         key = parse_seed(draw_seed() if self.seed is None else self.seed)
-        self.recipe = recipe_in_streams(self.module, key, set())
-        return self.recipe.__enter__()
+        check_whole(owned_parameters(self.module))
+        recipe = recipe_in_streams(self.module, key, set())
+        report = recipe.__enter__()
+        self.recipe = recipe  # not of a block within this one, which is an error
+        return report
 
     @outside_graphs
     def __exit__(self, *error: Any) -> bool | None:
-        return self.recipe.__exit__(*error)
+        if self.recipe is None:
+            raise RuntimeError("streams must be entered before it is left, got __exit__ alone")
+        recipe, self.recipe = self.recipe, None
+        left: bool | None = recipe.__exit__(*error)
+        return left
 
 
 def check_model(module: Any, seed: SupportsIndex | None) -> None:
     """Raise where it is no module, or needs a seed that all ranks share and has none."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    refuse_traced(module, "module")  # below the operations nothing of torch.jit is to be seen
     parameters = [parameter for _, parameter, _ in named_parameters(module)]
     if detect_fake_mode() is not None and not all(is_fake(memory(parameter)) for parameter in parameters):
         raise ValueError(
@@ -197,12 +221,41 @@ def check_model(module: Any, seed: SupportsIndex | None) -> None:
         raise ValueError("seed must be given for a model with DTensors, the same on every rank, got None")
 
 
+def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
+    """Name, parameter and owner. What is parametrised belongs to its layer, not to the list that keeps it."""
+    layers = {
+        kept: part
+        for _, part in walk(module)
+        if is_parametrized(part)
+        for kept in part.parametrizations.values()
+    } | magnitude_owners(module)
+    found = [
+        (name, parameter, layers.get(owner, owner)) for name, parameter, owner in named_parameters(module)
+    ]
+    for name, parameter, owner in found:
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            with noting(note(name, owner)):
+                check(parameter)
+    return found
+
+
+def check_whole(found: list[tuple[str, torch.Tensor, nn.Module]]) -> None:
+    """Raise where a parameter that a recipe may write has no memory for what it should hold."""
+    for name, parameter, owner in found:
+        if parameter.requires_grad:
+            with noting(note(name, owner)):
+                check_owned(parameter, owner, name)
+
+
+def note(name: str, owner: nn.Module) -> str:
+    return f"This is parameter {name}, of a {type(owner).__name__}."
+
+
 @contextmanager
 def recipe_in_streams(module: nn.Module, key: int, spared: set[str]) -> Iterator[Report]:
     """The same; parameters and buffers that are spared keep what they have, but for what is copied there."""
     if within.get() is not None:
         raise ValueError("streams must not be within other ones, got a block in a block")
-    refuse_traced(module, "module")  # below the operations nothing of torch.jit is to be seen
     report = Report()
     mode = Streams(module, key, spared)
     token = within.set(mode)
