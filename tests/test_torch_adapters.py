@@ -95,6 +95,10 @@ class IA3Layer(nn.Module, BaseTunerLayer):
         self.ia3_l = nn.ModuleDict({"default": nn.Linear(3, 3)})
 
 
+class AuxiliaryTrainingWrapper(nn.Module):
+    __module__ = "peft.utils.other"
+
+
 class BaseTuner(nn.Module):
     __module__ = "peft.tuners.tuners_utils"
 
@@ -262,6 +266,24 @@ def test_a_prompt_is_not_guessed():
     made.prompt_encoder = nn.ModuleDict({"default": nn.Embedding(3, 3)})
     report = gt.initialize_(made, strict=False)
     assert [row.written for row in report] == ["whole", "whole", "not written"]
+
+
+def test_a_layer_that_is_trained_beside_an_adapter_is_not_drawn_anew():
+    """It starts as a copy of the base's."""
+    made = model()
+    head = made.base_model.model["head"]
+    made.base_model.model["head"] = wrapper = AuxiliaryTrainingWrapper()
+    wrapper.original_module = head.requires_grad_(False)
+    wrapper.modules_to_save = nn.ModuleDict({"default": nn.Linear(6, 2)})
+    before = values(wrapper)
+    with pytest.raises(ValueError, match=r"rules must cover .*head\.modules_to_save\.default\.weight"):
+        gt.initialize_(made)
+    report = gt.initialize_(made, strict=False)
+    assert [row.name for row in report if row.written == "not written"] == [
+        "head.modules_to_save.default.weight",
+        "head.modules_to_save.default.bias",
+    ]
+    assert values(wrapper) == before
 
 
 # Without PEFT: by the names alone

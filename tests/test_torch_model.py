@@ -444,6 +444,55 @@ def test_a_padding_row_that_no_parameter_has_is_refused(normalize):
     assert weights(model) == before
 
 
+class Moved(nn.Module):
+    """Neither shape nor memory tells that its row is not 0."""
+
+    def forward(self, weight):
+        return weight.exp()
+
+
+class Factors(nn.Module):
+    def forward(self, left, right):
+        return left @ right
+
+    def right_inverse(self, weight):
+        return weight[:, :2], weight[:2]
+
+
+class Fails(nn.Module):
+    def forward(self, weight):
+        if self.training:
+            return weight
+        raise KeyError("weight")
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight / weight.norm()
+
+
+@pytest.mark.parametrize("kind", [Moved, Factors, Fails])
+def test_a_padding_row_that_a_parametrisation_does_not_keep_is_refused(kind):
+    model = nn.ModuleDict({"linear": nn.Linear(3, 3), "table": padded(2)})
+    register_parametrization(model["table"], "weight", kind())
+    model.eval()
+    before = weights(model)
+    wanted = rf"^padding_idx must be None where .* got a table made by {kind.__name__} from shape \(10, "
+    with pytest.raises(ValueError, match=wanted):
+        gt.initialize_(model, rules=[("*", nn.init.normal_)])
+    assert weights(model) == before
+    model["table"].padding_idx = None
+    gt.initialize_(model, rules=[("*", nn.init.normal_)])
+
+
+def test_one_that_it_keeps_is_zero_whatever_the_memory_held():
+    model = nn.ModuleDict({"table": padded(2)})
+    register_parametrization(model["table"], "weight", Twice())
+    model["table"].parametrizations.weight.original.data.fill_(math.nan)
+    gt.initialize_(model, rules=[("*", nn.init.normal_)])
+    assert [row for row in range(10) if not model["table"].weight[row].any()] == [2]
+
+
 # Rules of the caller
 
 

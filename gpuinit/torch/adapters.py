@@ -123,7 +123,8 @@ def magnitude_owners(module: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def left_to_peft(module: nn.Module) -> tuple[str, ...]:
     """How the names of those adapters begin that the default rules do not know: all but LoRA, and LoRA whose
-    factors are not those of PEFT's default, such as PiSSA's, which were made from the base.
+    factors are not those of PEFT's default, such as PiSSA's, which were made from the base. Layers that are
+    trained beside the adapters are copies of the base's, too.
     """
     found = []
     for prefix, layer, inits in tuners(module):
@@ -135,6 +136,11 @@ def left_to_peft(module: nn.Module) -> tuple[str, ...]:
             found += [f"{prefix}{word}.{name}." for name in names]
     found += [
         f"{prefix}prompt_encoder." for prefix, part in walk(module) if is_kind(part, "peft", "PeftModel")
+    ]
+    found += [
+        f"{prefix}modules_to_save."
+        for prefix, part in walk(module)
+        if is_kind(part, "peft", "AuxiliaryTrainingWrapper")
     ]
     return tuple(found)
 

@@ -79,7 +79,8 @@ def he_normal_(
             that FSDP has freed, a placeholder of ZeRO-3), a Partial DTensor; and what autograd has computed
             from other tensors, as weight norm and pruning do, since it is computed anew without the fill.
         RuntimeError: make_fx, torch.export, torch.func, torch.jit.trace or torch.fx is at work: a fill is
-            none of torch's operations, and they would miss it; or a FakeTensorMode, on a real tensor.
+            none of torch's operations, and they would miss it (vmap alone takes a tensor that all of its
+            batch share); or a FakeTensorMode, on a real tensor.
 
     References: He, Zhang, Ren, Sun, "Delving deep into rectifiers", ICCV 2015; `gpuinit.he_normal`.
     `torch.nn.init.kaiming_normal_` is not truncated.

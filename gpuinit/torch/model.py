@@ -32,7 +32,7 @@ from gpuinit.torch.default_rules import (
     Rule,
     reset_buffers,
 )
-from gpuinit.torch.fill import check_owned, checking, draw_seed, recorded_stds, within
+from gpuinit.torch.fill import check, check_owned, checking, draw_seed, recorded_stds, within
 from gpuinit.torch.names import named_parameters, walk
 from gpuinit.torch.padding import padded_tables, zero_row
 from gpuinit.torch.recipes import run_recipe
@@ -107,7 +107,8 @@ def initialize_(
         Embedding, EmbeddingBag       weight truncated normal, standard deviation 0.02
 
     They are for the parameters that torch gives a layer, by their exact names: one that a derived class adds
-    is not covered. Nor are PEFT's other adapters, or LoRA's where its configuration has them made otherwise.
+    is not covered. Nor are PEFT's other adapters, LoRA's where its configuration has them made otherwise, and
+    its copies of layers that are trained too (modules_to_save).
 
     Whatever the rules, the padding_idx row of an embedding that is filled is set to 0, as torch does, also
     where a layer before it, or other embeddings, have the same table; and the running statistics of batch
@@ -167,6 +168,10 @@ def initialize_(
         rules = DEFAULT_RULES if recipe is None else ()
     chosen = parse_torch_rules(rules)
     found = owned_parameters(module)
+    for name, parameter, owner in found:
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            with noting(note(name, owner)):
+                check(parameter)
     key = None if seed is None else parse_seed(seed)
     if recipe is None:
         return by_rules(module, find_rules(module, found, chosen), key, strict)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpuinit.tensors import is_fake
 from gpuinit.torch.names import walk
 from gpuinit.torch.shards import memory, parts
 
@@ -36,7 +37,10 @@ def find_table(embedding: Any, filled: set[torch.Tensor]) -> Any:
         steps = embedding.parametrizations.weight
         made = dict(steps.named_parameters(recurse=False))
         names: tuple[str, ...] = ("original0", "original1")
-        names = names if isinstance(steps[0], _WeightNorm) else ("original",)
+        if not isinstance(steps[0], _WeightNorm):
+            names = ("original",)
+            if not steps.is_tensor and filled.intersection(made.values()):
+                raise ValueError(no_row(steps, made.values()))
     else:
         steps, made = None, dict(embedding.named_parameters(recurse=False))
         names = ("weight", "weight_g", "weight_v", "weight_orig")  # the latter of hooks of torch.nn.utils
@@ -52,15 +56,36 @@ def find_table(embedding: Any, filled: set[torch.Tensor]) -> Any:
         steps[0], _SpectralNorm
     ):  # whose vectors a look at the weight would change
         return found[0]
-    weight = embedding.weight
-    if lies_in(weight, filled):  # as a transpose does
-        return weight
-    if weight.shape != found[0].shape or isinstance(steps[0], _Orthogonal):
-        raise ValueError(
-            "padding_idx must be None where no row of a parameter makes that of the table 0, got a table "
-            f"made by {type(steps[0]).__name__} from shape {tuple(found[0].shape)}"
-        )
+    wanted = no_row(steps, found)
+    try:
+        weight = embedding.weight
+        if lies_in(weight, filled):  # as a transpose does
+            return weight
+        fits = weight.shape == found[0].shape and not isinstance(steps[0], _Orthogonal)
+        if fits and not is_fake(memory(weight)):
+            fits = keeps_row(steps, found[0], embedding.padding_idx)
+    except Exception as error:
+        raise ValueError(f"{wanted}, which raises {type(error).__name__}") from error
+    if not fits:
+        raise ValueError(wanted)
     return found[0]
+
+
+def no_row(steps: Any, originals: Iterable[torch.Tensor]) -> str:
+    shapes = " and ".join(str(tuple(original.shape)) for original in originals)
+    return (
+        "padding_idx must be None where no row of a parameter makes that of the table 0, got a table made by "
+        f"{type(steps[0]).__name__} from shape {shapes}"
+    )
+
+
+def keeps_row(steps: Iterable[Any], original: Any, row: int) -> bool:
+    """Whether a parametrisation makes a row of 0 from one: tried on ones, whatever the memory holds now."""
+    table = torch.ones_like(original.detach())
+    zero_row(table, row)
+    for step in steps:
+        table = step(table)
+    return not any(found.any() for found in local_rows(table, row))
 
 
 def lies_in(view: torch.Tensor, owners: Iterable[torch.Tensor]) -> bool:
@@ -77,7 +102,13 @@ def storage_number(tensor: Any) -> int:
 
 def zero_row(table: Any, row: int) -> None:
     """Set a row to 0 where this rank has it. A negative one counts from the end, as in torch."""
+    for found in local_rows(table, row):
+        found.zero_()
+
+
+def local_rows(table: Any, row: int) -> Iterator[torch.Tensor]:
+    """What this rank has of a row."""
     row += table.shape[0] if row < 0 else 0
     for part, starts in parts(table)[1]:
         if starts[0] <= row < starts[0] + part.shape[0]:
-            part[row - starts[0]].zero_()
+            yield part[row - starts[0]]

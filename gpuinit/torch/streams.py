@@ -36,7 +36,6 @@ from gpuinit.torch.adapters import magnitude_owners
 from gpuinit.torch.fill import (
     SCRATCH,
     TORCH_DTYPES,
-    check,
     check_fillable,
     check_owned,
     draw_seed,
@@ -139,6 +138,8 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Block:
             model.init_weights()
         print(report)
 
+    It may also decorate a function, whose every call is such a block.
+
     Inside, every random number of torch is a function of the seed, the fully qualified name of the parameter
     that it is written to, and its place in the whole of it: not of the order of calls, of torch's seeds and
     generators, of ranks and sharding, or of how often the recipe is run. Distributions are the recipe's,
@@ -166,7 +167,7 @@ def streams(module: nn.Module, seed: SupportsIndex | None = 0) -> Block:
         TypeError, ValueError: In the block, for a random operation that is not known (cauchy_, exponential_,
             dropout, ...), a dtype that cannot be drawn, a temporary whose values are read (`item`, `numpy`)
             before they reach a parameter, or one that every rank would write to its own shard; and for a
-            block within a block.
+            block within a block, or a parameter to be trained that has no memory at its door.
     """
     return Block(module, seed)
 
@@ -229,20 +230,16 @@ def owned_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor, nn.Modu
         if is_parametrized(part)
         for kept in part.parametrizations.values()
     } | magnitude_owners(module)
-    found = [
+    return [
         (name, parameter, layers.get(owner, owner)) for name, parameter, owner in named_parameters(module)
     ]
-    for name, parameter, owner in found:
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            with noting(note(name, owner)):
-                check(parameter)
-    return found
 
 
 def check_whole(found: list[tuple[str, torch.Tensor, nn.Module]]) -> None:
     """Raise where a parameter that a recipe may write has no memory for what it should hold."""
     for name, parameter, owner in found:
-        if parameter.requires_grad:
+        is_lazy = isinstance(parameter, nn.parameter.UninitializedTensorMixin)  # `tensors` refuses it
+        if parameter.requires_grad and not is_lazy:
             with noting(note(name, owner)):
                 check_owned(parameter, owner, name)
 
