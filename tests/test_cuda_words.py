@@ -153,7 +153,7 @@ def test_a_key_in_memory_takes_kernels_of_its_own_and_no_other_does(cupy_sim, mo
     source = cuda.source
     monkeypatch.setattr(cuda, "source", lambda *choice: compiled.append(choice) or source(*choice))
     out = cupy_sim.empty(100, np.float64)
-    for key, expected in ((KEY, (False, False)), (cupy_sim.ndarray(words_of(KEY)), (False, True))):
+    for key, expected in ((KEY, (False,) * 3), (cupy_sim.ndarray(words_of(KEY)), (False, True, False))):
         cuda.fill(out, [Run(0, 100, 1, 0)], request_of("uniform", "float64", key))
         assert compiled.pop() == expected
         assert not compiled
@@ -198,7 +198,7 @@ def test_the_kernels_refuse_a_key_of_the_other_kind_and_words_out_of_place(cupy_
     refuses(ValueError, cupy_sim.ndarray(aligned, cupy_sim.Device(1)), "not on the current device")
     refuses(TypeError, aligned, "argument 5 must be an array")
     number, address = (cuda.kernel("float32", False, in_memory) for in_memory in (False, True))
-    scalars = (*map(np.uint64, runs[0]), np.uint64(1), np.uint64(0), np.uint32(0), np.float32(1))
+    scalars = (*map(np.uint64, runs[0][:4]), np.uint64(1), np.uint64(0), np.uint32(0), np.float32(1))
     number((1, 1), (32, 1), (out, *scalars))
     with pytest.raises(TypeError, match="argument 5 must be an array"):
         address((1, 1), (32, 1), (out, *scalars))

@@ -144,7 +144,7 @@ def test_a_length_is_a_prefix_of_a_greater_one(device, dtype):
 def test_block_and_grid_do_not_matter(device, monkeypatch, threads, blocks):
     expected = {dtype: whole((37, 1003), seed=16, dtype=dtype) for dtype in DTYPES}
     monkeypatch.setattr(cuda, "THREADS_PER_BLOCK", threads)
-    monkeypatch.setattr(cuda, "resident_blocks", lambda device, dtype, shifted: blocks)
+    monkeypatch.setattr(cuda, "resident_blocks", lambda device, *variant: blocks)
     monkeypatch.setattr(cpu, "BLOCKS_ALONE", threads // 31)
     cuda.launch_shape.cache_clear()  # it remembers shapes of other numbers of threads
     for dtype in DTYPES:
