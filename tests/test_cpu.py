@@ -218,7 +218,14 @@ def test_no_thread_writes_once_a_wait_for_it_is_interrupted(monkeypatch, times):
 def test_no_thread_writes_after_an_error_raised_from_without_at_any_moment(monkeypatch):
     """Into the caller's work, its start of helpers and its wait for them, as it comes."""
     working, ended = set(), []
-    fill_tile = cpu.fill_tile
+    fill_tile, start = cpu.fill_tile, threading.Thread.start
+    starting = (
+        threading.Lock()
+    )  # Python has it raised in a thread just made by that one, which then never starts
+
+    def start_undisturbed(thread):
+        with starting:
+            start(thread)
 
     def note(*arguments):
         me = threading.get_ident()
@@ -239,6 +246,7 @@ def test_no_thread_writes_after_an_error_raised_from_without_at_any_moment(monke
 
     monkeypatch.setenv("GPUINIT_NUM_THREADS", "3")
     monkeypatch.setattr(cpu, "fill_tile", note)
+    monkeypatch.setattr(threading.Thread, "start", start_undisturbed)
     for attempt in range(60):
         begun = threading.Event()
         thread = threading.Thread(target=call, args=(begun,))
@@ -246,9 +254,10 @@ def test_no_thread_writes_after_an_error_raised_from_without_at_any_moment(monke
         assert begun.wait(60)
         time.sleep(attempt * 0.0005)
         for _ in range(1 + attempt % 3):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(InterruptionError)
-            )
+            with starting:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident), ctypes.py_object(InterruptionError)
+                )
             time.sleep(0.0005)
         thread.join(60)
         assert not thread.is_alive()
