@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "gpuinit[torch]"')
 
-from gpuinit.stream import row_major, strided_runs  # noqa: E402
+from gpuinit.stream import row_major, strided_runs, walk  # noqa: E402
 from gpuinit.torch import views  # noqa: E402
 from gpuinit.torch.shards import Stretch, locate  # noqa: E402
 
@@ -147,8 +147,9 @@ def test_strided_runs_are_the_elements_in_order(seed):
             strides = row_major(tuple(length + draw.randint(0, 1) for length in lengths))
         offset = draw.randint(0, 10)
         found = [
-            run.offset + row * run.row_stride + i
+            run.offset + further + row * run.row_stride + i
             for run in strided_runs(offset, lengths, strides)
+            for further in walk(run.outer)
             for row in range(run.rows)
             for i in range(run.length)
         ]
