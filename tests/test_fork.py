@@ -263,21 +263,6 @@ print(child_of(lambda: check("float16")), cpu.engine(1, float16))
     assert run(code, expected) == "0 numba\n0 numba\n"
 
 
-def test_a_child_forked_at_any_moment_of_a_load_fills_and_ends(expected, tmp_path):
-    """Without a made-up stop: the whole of it, from nothing to compiled."""
-    pytest.importorskip("numba")
-    code = """
-thread = threading.Thread(target=check, daemon=True)
-thread.start()
-statuses = []
-while thread.is_alive() and len(statuses) < 40:
-    statuses.append(child_of(check))
-thread.join()
-print(set(statuses))
-"""
-    assert run(code, expected, NUMBA_CACHE_DIR=str(tmp_path)) == "{0}\n"
-
-
 def test_a_hang_would_be_seen(expected):
     """The control: nothing is noted at the fork."""
     pytest.importorskip("numba")
