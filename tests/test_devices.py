@@ -269,7 +269,8 @@ def made_up_module(**parts):
 
 def folder_called_cupy(monkeypatch):
     """Which Python imports as a package without a file."""
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # so that it is gone afterwards, if it was not there
+    del sys.modules["cupy"]
     folder = importlib.machinery.ModuleSpec("cupy", None, is_package=True)
     folder.submodule_search_locations = ["/home/me/cupy"]
     finder = types.SimpleNamespace(find_spec=lambda name, *_: folder if name == "cupy" else None)
