@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import special_files
 
 import gpuinit
 from gpuinit import checkpoint, disk, safetensors_file
@@ -467,17 +468,7 @@ def test_further_interrupts_do_not_stop_the_cleaning_up(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device"])
 def test_only_regular_files_are_opened(tmp_path, kind):
     path = tmp_path / "a"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        import socket
-
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
+    special_files.make(kind, path)
     with pytest.raises(OSError, match=f"must be a regular file, got a {kind}: '{path}'$"):
         disk.open_file(path)
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import special_files
 
 import gpuinit
 from gpuinit import checkpoint, doctor, messages
@@ -385,15 +385,8 @@ def no_file(request, tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     path = tmp_path / "it.safetensors"
     kind = request.param
     closing: list[int] = []
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
+    if kind != "stdin":
+        special_files.make(kind, path)
     else:
         kind, closing = "pipe", list(os.pipe())
         path.symlink_to(f"/proc/self/fd/{closing[0]}")  # as /dev/stdin is
