@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from itertools import takewhile
 from math import prod
@@ -174,3 +175,17 @@ def find_globs(group: Sequence[Uncovered], names: Sequence[str]) -> list[str]:
         if not any(fnmatchcase(name, glob) for name in others):
             return [glob]
     return [escape(parameter.name) for parameter in group[:NAMES_SHOWN]]
+
+
+def unwrap(initializer: Any) -> tuple[Any, dict[str, Any]]:
+    """The function below any partials, and their keywords."""
+    words: dict[str, Any] = {}
+    while isinstance(initializer, partial):
+        words = {**initializer.keywords, **words}
+        initializer = initializer.func
+    return initializer, words
+
+
+def format_argument(value: object) -> str:
+    """As a report has it."""
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)

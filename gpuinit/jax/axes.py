@@ -13,7 +13,7 @@ import jax
 
 import gpuinit
 from gpuinit.initializers import find_draw
-from gpuinit.rules import GROUPS_SHOWN, Uncovered, find_globs
+from gpuinit.rules import GROUPS_SHOWN, Uncovered, find_globs, unwrap
 
 Shape = tuple[int, ...]
 
@@ -101,15 +101,6 @@ def with_axes(
     made = [initializer if axes == DEFAULT else partial(initializer, **axes._asdict()) for axes in found]
     draws = [find_draw(fill, shape, name=name, dtype=dtype) for fill in made]
     return made[0] if draws and all(draw == draws[0] for draw in draws) else None
-
-
-def unwrap(initializer: Any) -> tuple[Any, dict[str, Any]]:
-    """The function below any partials, and their keywords."""
-    words: dict[str, Any] = {}
-    while isinstance(initializer, partial):
-        words = {**initializer.keywords, **words}
-        initializer = initializer.func
-    return initializer, words
 
 
 def readings(name: str, around: Neighbours, module: Any) -> list[Axes]:

@@ -18,7 +18,7 @@ import gpuinit
 from gpuinit.distributions import TRUNCATED_STD
 from gpuinit.initializers import find_draw
 from gpuinit.jax.arrays import canonical_dtype, is_traced, make_like, make_on, sharded
-from gpuinit.jax.axes import FAN_RULES, find_neighbours, is_recurrent, refuse_axes, unwrap, with_axes
+from gpuinit.jax.axes import FAN_RULES, find_neighbours, is_recurrent, refuse_axes, with_axes
 from gpuinit.jax.initializers import initializer_of
 from gpuinit.rules import (
     WANTED,
@@ -27,10 +27,12 @@ from gpuinit.rules import (
     Rule,
     Uncovered,
     find_rule,
+    format_argument,
     noting,
     parse_rules,
     refuse_uncovered,
     spare_frozen,
+    unwrap,
 )
 from gpuinit.stream import as_integer, parse_seed
 
@@ -294,10 +296,7 @@ def describe(initializer: Any) -> str:
         return str(initializer)
     function, words = unwrap(initializer)
     name = str(getattr(function, "__name__", type(function).__name__))
-    given = [
-        f"{word}={value:.4g}" if isinstance(value, float) else f"{word}={value!r}"
-        for word, value in words.items()
-    ]
+    given = [f"{word}={format_argument(value)}" for word, value in words.items()]
     return f"{name}({', '.join(given)})" if given else name
 
 

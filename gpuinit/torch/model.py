@@ -17,10 +17,12 @@ from gpuinit.rules import (
     Row,
     Uncovered,
     find_rule,
+    format_argument,
     noting,
     parse_rules,
     refuse_uncovered,
     spare_frozen,
+    unwrap,
 )
 from gpuinit.stream import parse_seed
 from gpuinit.tensors import is_fake, outside_graphs
@@ -356,15 +358,6 @@ def suggest(parameter: torch.Tensor, owner: nn.Module) -> str:
     return with_axes("he_normal_", parameter.ndim)
 
 
-def unwrap(initializer: Initializer) -> tuple[Any, dict[str, Any]]:
-    """The function below any partials, and their keywords."""
-    words: dict[str, Any] = {}
-    while isinstance(initializer, partial):
-        words = {**initializer.keywords, **words}
-        initializer = initializer.func
-    return initializer, words
-
-
 def positional(initializer: Initializer) -> tuple[Any, ...]:
     """The arguments that partials give by place."""
     return (*positional(initializer.func), *initializer.args) if isinstance(initializer, partial) else ()
@@ -412,7 +405,3 @@ def describe(initializer: Initializer) -> str:
     words = [format_argument(value) for value in initializer.args]
     words += [f"{word}={format_argument(value)}" for word, value in initializer.keywords.items()]
     return f"{describe(initializer.func)}({', '.join(words)})"
-
-
-def format_argument(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)

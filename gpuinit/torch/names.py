@@ -17,11 +17,7 @@ WRAPPERS = (
     ("torch", "AveragedModel", "module"),
     ("torch", "QuantWrapper", "module"),
     ("torch", "OptimizedModule", "_orig_mod"),  # torch.compile's
-    (
-        "torch",
-        "ActivationWrapper",
-        "_checkpoint_wrapped_module",
-    ),  # of activations
+    ("torch", "ActivationWrapper", "_checkpoint_wrapped_module"),
     ("apex", "DistributedDataParallel", "module"),
     ("fairscale", "ShardedDataParallel", "module"),
     ("deepspeed", "DeepSpeedEngine", "module"),

@@ -52,9 +52,7 @@ def find_table(embedding: Any, filled: set[torch.Tensor]) -> Any:
         return None
     if len(found) == 2:  # the norms of rows, of which one may be 0, or the directions below norms of columns
         return found[0] if found[0].ndim and len(found[0]) == embedding.num_embeddings else found[1]
-    if steps is None or isinstance(
-        steps[0], _SpectralNorm
-    ):  # whose vectors a look at the weight would change
+    if steps is None or isinstance(steps[0], _SpectralNorm):  # a look at the weight would change its vectors
         return found[0]
     wanted = no_row(steps, found)
     try:

@@ -417,9 +417,10 @@ class Streams(TorchDispatchMode):  # type: ignore[misc]
             return tensor
         if sample.finish is None:
             check_fillable(tensor)
-        elif overlaps(local):
-            raise ValueError(f"tensor must not hold elements that share memory, got shape {local.shape}")
-        refuse_missing_memory(local)
+        else:
+            if overlaps(local):
+                raise ValueError(f"tensor must not hold elements that share memory, got shape {local.shape}")
+            refuse_missing_memory(local)
         if storage_of(tensor) in self.copies:
             for part in self.local_parts(tensor, sample.text):
                 self.draw(part, sample)
