@@ -12,6 +12,7 @@ kernel's order. NumPy never fuses them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -408,14 +409,20 @@ def to_weight(w: Array, distribution: int, numbers: Numbers, out: Array) -> None
         np.minimum(w, high, out=out)
 
 
-def weights(
-    block: Array, stream: int, key: int, distribution: int, numbers: Numbers, scratch: Scratch, out: Array
+def weights_of(
+    words: Any,
+    distribution: int,
+    numbers: Numbers,
+    scratch: Scratch,
+    out: Array,
+    uniform: Callable[[Any, Array], Array],
+    truncated_normal: Callable[[Array, Scratch], Array],
 ) -> None:
-    """Write the float32 weights of these blocks to out, which is as `place` has them."""
-    words = philox4x32(block, stream, key, scratch)
-    if distribution in (NORMAL, NORMAL_BETWEEN):
-        take_low_words(words, scratch.words)
-        w = normal_of(distribution, numbers, scratch)
+    """Write the weights of words as wide as a sample to out; the last two are the functions of that width."""
+    if distribution == NORMAL:
+        w = normal(normal_scratch(scratch))
+    elif distribution == NORMAL_BETWEEN:
+        w = normal_between(numbers, normal_scratch(scratch))
     else:
         w = uniform(words, scratch.u)
         if distribution == TRUNCATED_NORMAL:
@@ -423,11 +430,14 @@ def weights(
     to_weight(w, distribution, numbers, out)
 
 
-def normal_of(distribution: int, numbers: Numbers, scratch: Scratch) -> Array:
-    """The samples of scratch.words, for both widths."""
-    if distribution == NORMAL:
-        return normal(normal_scratch(scratch))
-    return normal_between(numbers, normal_scratch(scratch))
+def weights(
+    block: Array, stream: int, key: int, distribution: int, numbers: Numbers, scratch: Scratch, out: Array
+) -> None:
+    """Write the float32 weights of these blocks to out, which is as `place` has them."""
+    words = philox4x32(block, stream, key, scratch)
+    if distribution in (NORMAL, NORMAL_BETWEEN):
+        take_low_words(words, scratch.words)
+    weights_of(words, distribution, numbers, scratch, out, uniform, truncated_normal)
 
 
 def join64(even: Pair, odd: Pair) -> None:
@@ -481,10 +491,4 @@ def weights64(
 ) -> None:
     """The same for float64."""
     join64(*philox4x32(block, stream, key, scratch))
-    if distribution in (NORMAL, NORMAL_BETWEEN):
-        w = normal_of(distribution, numbers, scratch)
-    else:
-        w = uniform64(scratch.words, scratch.u)
-        if distribution == TRUNCATED_NORMAL:
-            w = truncated_normal64(w, scratch)
-    to_weight(w, distribution, numbers, out)
+    weights_of(scratch.words, distribution, numbers, scratch, out, uniform64, truncated_normal64)

@@ -167,23 +167,24 @@ def parse_index(
     return tuple(starts), tuple(lengths), tuple(part)
 
 
-def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[Run]:
+@lru_cache(maxsize=256)  # tensors of one model share their shapes
+def runs(shape: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Run, ...]:
     """The run of global elements that makes the part, in the part's own order; none for an empty part.
 
     Neighbouring axes join into one where the part has the inner one whole.
     """
     if 0 in lengths:
-        return []
+        return ()
     strides = row_major(shape)
-    return [join(lengths, strides)._replace(offset=sum(map(operator.mul, starts, strides)))]
+    return (join(lengths, strides)._replace(offset=sum(map(operator.mul, starts, strides))),)
 
 
-def strided_runs(offset: int, lengths: tuple[int, ...], strides: tuple[int, ...]) -> list[Run]:
+def strided_runs(offset: int, lengths: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Run, ...]:
     """The same for a part whose element i is the global element offset + sum(i * strides)."""
-    return [] if 0 in lengths else [join(lengths, strides)._replace(offset=offset)]
+    return () if 0 in lengths else (join(lengths, strides)._replace(offset=offset),)
 
 
-@lru_cache(maxsize=256)  # tensors of one model share their shapes
+@lru_cache(maxsize=256)
 def join(lengths: tuple[int, ...], strides: tuple[int, ...]) -> Run:
     """That of a part at offset 0."""
     joined: list[tuple[int, int]] = []  # (length, stride), innermost first

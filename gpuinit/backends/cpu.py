@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -305,14 +304,16 @@ def tiles(
         return blocks_at_once(left)
 
     for run in runs:
-        groups = prod(length for length, _ in run.outer)
+        groups = math.prod(length for length, _ in run.outer)
         part = out[position : position + groups * run.rows * run.length].reshape(-1, run.length)
         position += part.size
         if part.size <= blocks_now() and len(part) == 1:  # the shortest way for small arrays
             left -= part.size
             yield Tile(part, run.offset, 0)
             continue
-        at_once = blocks_now() // (run.rows * ((run.length + 2 * lanes - 2) // lanes)) if groups > 1 else 0
+        at_once = (
+            blocks_now() // (run.rows * blocks_across(lanes - 1, run.length, lanes)) if groups > 1 else 0
+        )
         if at_once > 1:
             step = min(at_once, GROUPS_AT_ONCE)
             for done in range(0, groups, step):
@@ -345,7 +346,7 @@ def places(axes: Sequence[tuple[int, int]], start: int, stop: int) -> Array:
 def cut(tile: Tile, lanes: int, blocks_now: Callable[[], int]) -> Generator[Tile]:
     """Whole rows where they are small enough, else one row in pieces."""
     rows, columns = tile.out.shape
-    blocks_in_row = blocks_across(tile, lanes)
+    blocks_in_row = blocks_across(tile.first % lanes, columns, lanes)
     row = 0
     while row < rows:
         first = tile.first + row * tile.row_stride
@@ -362,9 +363,9 @@ def cut(tile: Tile, lanes: int, blocks_now: Callable[[], int]) -> Generator[Tile
         row += 1
 
 
-def blocks_across(tile: Tile, lanes: int) -> int:
-    """How many Philox blocks a row of the tile touches."""
-    return -(-int(tile.first % lanes + tile.out.shape[1]) // lanes)
+def blocks_across(phase: int, columns: int, lanes: int) -> int:
+    """How many Philox blocks a row touches that starts at this lane of its first one."""
+    return -(-(phase + columns) // lanes)
 
 
 def fill_tile(tile: Tile, sample_type: np.dtype, request: Request, memory: Array | None) -> None:
@@ -372,7 +373,7 @@ def fill_tile(tile: Tile, sample_type: np.dtype, request: Request, memory: Array
     rows, columns = tile.out.shape
     if tile.groups is None:
         first, phase = divmod(tile.first, lanes)
-        block = np.arange(first, first - (-(phase + columns) // lanes), dtype=np.uint64)
+        block = np.arange(first, first + blocks_across(phase, columns, lanes), dtype=np.uint64)
         if rows > 1:
             steps = np.arange(rows, dtype=np.uint64) * np.uint64(tile.row_stride // lanes)
             block = (steps[:, None] + block).reshape(-1)
@@ -383,7 +384,8 @@ def fill_tile(tile: Tile, sample_type: np.dtype, request: Request, memory: Array
     for phase in range(lanes):
         chosen = np.flatnonzero(phases == phase)
         if chosen.size:
-            block = firsts[chosen][:, None] + np.arange(-(-(phase + columns) // lanes), dtype=np.uint64)
+            across = np.arange(blocks_across(phase, columns, lanes), dtype=np.uint64)
+            block = firsts[chosen][:, None] + across
             made = np.empty((chosen.size, columns), tile.out.dtype)
             fill_rows(made, block.reshape(-1), phase, sample_type, request, memory)
             tile.out[chosen] = made
