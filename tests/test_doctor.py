@@ -266,7 +266,7 @@ def test_numba_is_not_loaded_within_little_address_space(no_cuda, monkeypatch):
     monkeypatch.setattr(cpu, "numba_problem", None)
     check = doctor.check_numba()
     assert check["status"] == "absent"
-    assert check["detail"].startswith("Numba needs 448 MiB of address space, and the limit of this process ")
+    assert check["detail"].startswith("Numba needs 384 MiB of address space, and the limit of this process ")
 
 
 def test_cores_and_quota_are_told(monkeypatch):
