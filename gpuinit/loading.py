@@ -42,9 +42,15 @@ def hold_back_brief_imports() -> None:
 
 
 def let_go_of_brief_imports() -> None:
-    """After it, on both sides."""
+    """After it, in the parent."""
     if forking.holds:
         brief.release()
+
+
+def renew_brief() -> None:
+    """After it, in the child, where the thread that would let go of it may not be."""
+    global brief
+    brief = threading.RLock()
 
 
 def unfinished() -> set[str]:
@@ -103,6 +109,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(
         before=hold_back_brief_imports,
         after_in_parent=let_go_of_brief_imports,
-        after_in_child=let_go_of_brief_imports,
+        after_in_child=renew_brief,
     )
     os.register_at_fork(after_in_child=note_what_is_lost)

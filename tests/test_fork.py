@@ -302,6 +302,20 @@ assert loading.brief.acquire(blocking=False)
     assert run(code, expected) == "0\n"
 
 
+def test_a_child_waits_for_no_import_that_a_fork_did_not_wait_for(expected):
+    """Where a thread holds the lock of brief imports for longer than a fork waits."""
+    code = """
+os.environ["GPUINIT_CPU_ENGINE"] = "numpy"
+def hold():
+    with loading.brief:
+        stop_here()
+CHILD = lambda: gpuinit.normal((3, 4), seed=1, name="w")
+print(fork_during(hold))
+assert loading.brief.acquire(blocking=False)
+"""
+    assert run(code, expected) == "0\n"
+
+
 def test_an_interrupt_as_a_load_is_noted_leaves_nothing_noted(expected):
     code = """
 class Interrupted(list):

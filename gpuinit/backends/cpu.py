@@ -168,6 +168,7 @@ def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
     if threads > 1:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size + 1)  # of single elements, each in a block of its own
+    cut_up = tiles(out, runs, lanes, lambda left: blocks_at_once)
 
     def work(mine: Iterator[Tile]) -> None:
         memory = None if out.size <= ELEMENTS_KEPT else quantile.make_memory(blocks_at_once)
@@ -176,7 +177,10 @@ def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
             for tile in mine:
                 fill_tile(tile, sample_type, request, memory)
 
-    share(tiles(out, runs, lanes, lambda left: blocks_at_once), threads, work)
+    if threads == 1:
+        work(cut_up)
+    else:
+        share(cut_up, threads, work)
     elements_made += out.size
 
 
