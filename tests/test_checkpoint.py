@@ -902,10 +902,28 @@ def test_a_full_disk_and_ctrl_c_at_any_step_leave_nothing_or_all(
 
 BIG = '{"tensors": {"w{0..31}": {"shape": [1024, 1024]}}}'  # 128 MiB
 
+WRITER = """
+import sys, time
+from gpuinit import __main__, checkpoint
+
+written, put = 0, checkpoint.put
+
+def pause_in_the_middle(out, data):
+    global written
+    if written < 2**26 <= written + len(data):
+        time.sleep(2)
+    written += len(data)
+    return put(out, data)
+
+checkpoint.put = pause_in_the_middle
+sys.argv[0] = "gpuinit"
+__main__.main(sys.argv[1:])
+"""
+
 
 def start_writer(folder: Path, shard: str = "5GB", before: Sequence[str] = ()) -> subprocess.Popen:
     (folder / "big.json").write_text(BIG)
-    command = [*before, sys.executable, "-m", "gpuinit", "checkpoint", "big.json", "-o", "model.safetensors"]
+    command = [*before, sys.executable, "-c", WRITER, "checkpoint", "big.json", "-o", "model.safetensors"]
     environment = {**os.environ, "PYTHONPATH": str(Path(gpuinit.__file__).parent.parent)}
     return subprocess.Popen(
         [*command, "--max-shard-size", shard],
@@ -918,8 +936,8 @@ def start_writer(folder: Path, shard: str = "5GB", before: Sequence[str] = ()) -
 
 
 def wait_for_half(writer: subprocess.Popen, folder: Path) -> None:
-    """Until the writer is in the middle."""
-    while sum(file.stat().st_size for file in folder.glob("*.partial")) < 2**24:
+    """Until the writer is in the middle, where it makes a pause."""
+    while sum(file.stat().st_size for file in folder.glob("*.partial")) < 2**25:
         assert writer.poll() is None, writer.stderr.read()
         time.sleep(0.005)
 
