@@ -19,7 +19,8 @@ import gpuinit
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 PRELUDE = """
-import hashlib, importlib.machinery, multiprocessing, os, signal, sys, threading, traceback, warnings
+import faulthandler, hashlib, importlib.machinery, multiprocessing, os, signal, sys, threading
+import traceback, warnings
 import gpuinit
 from gpuinit import devices, loading
 from gpuinit.backends import cpu
@@ -49,9 +50,10 @@ class Stops:
             return spec
 
 def child_of(action):
-    "Fork, and do the action in the child: its exit status, -14 where it hangs."
+    "Fork, and do the action in the child: its exit status, -14 where it hangs, and then where it does."
     child = os.fork()
     if child == 0:
+        faulthandler.register(signal.SIGALRM, chain=True)
         signal.alarm(60)
         try:
             action()
@@ -101,6 +103,7 @@ def run(code: str, expected: str, **environment: str) -> str:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
+    print(done.stderr)  # shown where the test fails
     return done.stdout
 
 
@@ -263,7 +266,22 @@ print(child_of(lambda: check("float16")), cpu.engine(1, float16))
     assert run(code, expected) == "0 numba\n0 numba\n"
 
 
-def test_a_hang_would_be_seen(expected):
+def test_a_child_forked_at_any_moment_of_a_load_fills_and_ends(expected, tmp_path):
+    """Without a made-up stop: the whole of it, from nothing to compiled."""
+    pytest.importorskip("numba")
+    code = """
+thread = threading.Thread(target=check, daemon=True)
+thread.start()
+statuses = []
+while thread.is_alive() and len(statuses) < 40:
+    statuses.append(child_of(check))
+thread.join()
+print(set(statuses))
+"""
+    assert run(code, expected, NUMBA_CACHE_DIR=str(tmp_path)) == "{0}\n"
+
+
+def test_a_hang_would_be_seen(expected, capsys):
     """The control: nothing is noted at the fork."""
     pytest.importorskip("numba")
     code = """
@@ -273,6 +291,7 @@ loading.note_what_is_lost.__code__ = (lambda: None).__code__
 print(fork_during(check))
 """
     assert run(code, expected) == "-14\n"
+    assert "fork_during" in capsys.readouterr().out
 
 
 BRIEF = {
