@@ -169,19 +169,20 @@ def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size + 1)  # of single elements, each in a block of its own
     cut_up = tiles(out, runs, lanes, lambda left: blocks_at_once)
-
-    def work(mine: Iterator[Tile]) -> None:
-        memory = None if out.size <= ELEMENTS_KEPT else quantile.make_memory(blocks_at_once)
-        # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
-        with np.errstate(all="ignore"):
-            for tile in mine:
-                fill_tile(tile, sample_type, request, memory)
-
     if threads == 1:
-        work(cut_up)
+        fill_tiles(cut_up, sample_type, request, 0 if out.size <= ELEMENTS_KEPT else blocks_at_once)
     else:
-        share(cut_up, threads, work)
+        share(cut_up, threads, lambda mine: fill_tiles(mine, sample_type, request, blocks_at_once))
     elements_made += out.size
+
+
+def fill_tiles(mine: Iterator[Tile], sample_type: np.dtype, request: Request, blocks_at_once: int) -> None:
+    """With new scratch for tiles of at most so many blocks; with scratch that is kept for 0."""
+    memory = quantile.make_memory(blocks_at_once) if blocks_at_once else None
+    # A caller's np.seterr must not turn a harmless underflow of a tiny limit into an error.
+    with np.errstate(all="ignore"):
+        for tile in mine:
+            fill_tile(tile, sample_type, request, memory)
 
 
 def fill_with_numba(out: Array, runs: Iterable[Run], request: Request) -> None:
