@@ -903,7 +903,7 @@ def test_a_full_disk_and_ctrl_c_at_any_step_leave_nothing_or_all(
 BIG = '{"tensors": {"w{0..31}": {"shape": [1024, 1024]}}}'  # 128 MiB
 
 WRITER = """
-import sys, time
+import time
 from gpuinit import __main__, checkpoint
 
 written, put = 0, checkpoint.put
@@ -916,8 +916,7 @@ def pause_in_the_middle(out, data):
     return put(out, data)
 
 checkpoint.put = pause_in_the_middle
-sys.argv[0] = "gpuinit"
-__main__.main(sys.argv[1:])
+__main__.main()
 """
 
 

@@ -169,7 +169,7 @@ def fill_with_numpy(out: Array, runs: Iterable[Run], request: Request) -> None:
         most = min(BLOCKS_AMONG_THREADS, SCRATCH_BYTES // (threads * BYTES_PER_BLOCK))
     blocks_at_once = min(most, out.size + 1)  # of single elements, each in a block of its own
     cut_up = tiles(out, runs, lanes, lambda left: blocks_at_once)
-    if threads == 1:
+    if threads == 1:  # here too, as the way through share is slower for a small array
         fill_tiles(cut_up, sample_type, request, 0 if out.size <= ELEMENTS_KEPT else blocks_at_once)
     else:
         share(cut_up, threads, lambda mine: fill_tiles(mine, sample_type, request, blocks_at_once))
