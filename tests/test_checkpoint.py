@@ -936,7 +936,7 @@ def start_writer(folder: Path, shard: str = "5GB", before: Sequence[str] = ()) -
 
 def wait_for_half(writer: subprocess.Popen, folder: Path) -> None:
     """Until the writer is in the middle, where it makes a pause."""
-    while sum(file.stat().st_size for file in folder.glob("*.partial")) < 2**25:
+    while sum(file.stat().st_size for file in folder.glob("model*.partial")) < 2**25:
         assert writer.poll() is None, writer.stderr.read()
         time.sleep(0.005)
 
