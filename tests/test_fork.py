@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 PRELUDE = """
 import faulthandler, hashlib, importlib.machinery, multiprocessing, os, signal, sys, threading
-import traceback, warnings
+import time, traceback, warnings
 import gpuinit
 from gpuinit import devices, loading
 from gpuinit.backends import cpu
@@ -267,11 +267,16 @@ print(child_of(lambda: check("float16")), cpu.engine(1, float16))
 
 
 def test_a_child_forked_at_any_moment_of_a_load_fills_and_ends(expected, tmp_path):
-    """Without a made-up stop: the whole of it, from nothing to compiled."""
+    """Without a made-up stop: the whole of it, from nothing to compiled.
+
+    A child forked before it begins would load Numba by itself, rightly, and on a busy machine for minutes.
+    """
     pytest.importorskip("numba")
     code = """
 thread = threading.Thread(target=check, daemon=True)
 thread.start()
+while not loading.under_way:
+    time.sleep(0.001)
 statuses = []
 while thread.is_alive() and len(statuses) < 40:
     statuses.append(child_of(check))
