@@ -935,7 +935,10 @@ def start_writer(folder: Path, shard: str = "5GB", before: Sequence[str] = ()) -
 
 
 def wait_for_half(writer: subprocess.Popen, folder: Path) -> None:
-    """Until the writer is in the middle, where it makes a pause."""
+    """Until the writer is in the middle, where it makes a pause.
+
+    Of the model's files alone: one that it tries the folder with may be gone before its size is asked.
+    """
     while sum(file.stat().st_size for file in folder.glob("model*.partial")) < 2**25:
         assert writer.poll() is None, writer.stderr.read()
         time.sleep(0.005)

@@ -275,7 +275,7 @@ def test_a_child_forked_at_any_moment_of_a_load_fills_and_ends(expected, tmp_pat
     code = """
 thread = threading.Thread(target=check, daemon=True)
 thread.start()
-while not loading.under_way:
+while thread.is_alive() and not loading.under_way:
     time.sleep(0.001)
 statuses = []
 while thread.is_alive() and len(statuses) < 40:
@@ -310,7 +310,6 @@ BRIEF = {
 def test_a_fork_waits_for_imports_of_milliseconds(expected, module):
     """Which are not noted: the child makes such an array too."""
     code = f"""
-import time
 os.environ["GPUINIT_CPU_ENGINE"] = "numpy"
 for name in ("gpuinit.exact", {module!r}):
     sys.modules.pop(name, None)
